@@ -1,0 +1,107 @@
+"""Samples: from URLs to batches. Knows no model and no process group.
+
+The public names. They are imported on first use: an error class or a URL helper must not cost an import of torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from data.augment import AugmentConfig, parse_aug_cfg
+    from data.batch import Batch, LaneCursor, Position
+    from data.catalog import Catalog, open_catalog
+    from data.config import LoaderConfig
+    from data.csv_source import CsvConfig, csv_shards
+    from data.device import DeviceTransform
+    from data.errors import DataConfigError, DataError, ShardError, StorageError, TarError
+    from data.eval_reader import EvalBatch, class_names_of, read_labelled, read_pairs, templates_of
+    from data.loader import TrainLoader, build_train_loader, run_preflight
+    from data.order import lanes_per_rank
+    from data.preflight import PreflightReport, preflight
+    from data.samples import RawSample, SampleError, SampleId
+    from data.sizes import count_samples, total_samples
+    from data.stats import LoaderStats
+    from data.storage import ByteStream, open_stream, probe
+    from data.synthetic import synthetic_shards
+    from data.tar import read_samples
+    from data.urls import Source, dataset_type_of, expand_sources, is_local, is_pipe, local_path, mask_url
+
+_HOMES = {
+    "augment": ("AugmentConfig", "parse_aug_cfg"),
+    "batch": ("Batch", "LaneCursor", "Position"),
+    "catalog": ("Catalog", "open_catalog"),
+    "config": ("LoaderConfig",),
+    "csv_source": ("CsvConfig", "csv_shards"),
+    "device": ("DeviceTransform",),
+    "errors": ("DataConfigError", "DataError", "ShardError", "StorageError", "TarError"),
+    "eval_reader": ("EvalBatch", "class_names_of", "read_labelled", "read_pairs", "templates_of"),
+    "loader": ("TrainLoader", "build_train_loader", "run_preflight"),
+    "order": ("lanes_per_rank",),
+    "preflight": ("PreflightReport", "preflight"),
+    "samples": ("RawSample", "SampleError", "SampleId"),
+    "sizes": ("count_samples", "total_samples"),
+    "stats": ("LoaderStats",),
+    "storage": ("ByteStream", "open_stream", "probe"),
+    "synthetic": ("synthetic_shards",),
+    "tar": ("read_samples",),
+    "urls": ("Source", "dataset_type_of", "expand_sources", "is_local", "is_pipe", "local_path", "mask_url"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AugmentConfig",
+    "Batch",
+    "ByteStream",
+    "Catalog",
+    "CsvConfig",
+    "DataConfigError",
+    "DataError",
+    "DeviceTransform",
+    "EvalBatch",
+    "LaneCursor",
+    "LoaderConfig",
+    "LoaderStats",
+    "Position",
+    "PreflightReport",
+    "RawSample",
+    "SampleError",
+    "SampleId",
+    "ShardError",
+    "Source",
+    "StorageError",
+    "TarError",
+    "TrainLoader",
+    "build_train_loader",
+    "class_names_of",
+    "count_samples",
+    "csv_shards",
+    "dataset_type_of",
+    "expand_sources",
+    "is_local",
+    "is_pipe",
+    "lanes_per_rank",
+    "local_path",
+    "mask_url",
+    "open_catalog",
+    "open_stream",
+    "parse_aug_cfg",
+    "preflight",
+    "probe",
+    "read_labelled",
+    "read_pairs",
+    "read_samples",
+    "run_preflight",
+    "synthetic_shards",
+    "templates_of",
+    "total_samples",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'data' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"data.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,50 @@
+"""From the flags that name the data to what a loader takes: shards of any kind, and the samples in each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from data.csv_source import CsvConfig, CsvFields, csv_shards
+from data.errors import DataConfigError
+from data.sizes import count_samples
+from data.synthetic import synthetic_shards
+from data.urls import Source, dataset_type_of, expand_sources
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """What is to be read. `sizes`: samples of each shard in the order of the sources' URLs, None where unknown."""
+
+    dataset_type: str  # webdataset, csv or synthetic
+    sources: tuple[Source, ...]
+    sizes: tuple[int, ...] | None
+
+    @property
+    def num_samples(self) -> int | None:
+        """Samples of all shards together, as far as known."""
+        return None if self.sizes is None else sum(self.sizes)
+
+
+def open_catalog(
+    train_data: str | None,
+    factors: str | None = None,
+    dataset_type: str = "auto",
+    num_samples: int | None = None,
+    csv_fields: CsvFields | None = None,
+    count: bool = True,
+) -> Catalog:
+    """The catalog of `--train-data` and `--dataset-type`; `num_samples` is the length of a synthetic set.
+
+    With `count=False` tars are not counted: shards drawn with replacement need no counts, and walking many
+    thousands of local tars takes minutes. Raises DataConfigError as `expand_sources` and `csv_shards` do.
+    """
+    if dataset_type == "synthetic":
+        source, sizes = synthetic_shards(num_samples or 0)
+        return Catalog(dataset_type, (source,), sizes)
+    if not train_data:
+        raise DataConfigError("--train-data is missing: name shards, a CSV list, or choose --dataset-type synthetic")
+    kind = dataset_type_of(train_data) if dataset_type == "auto" else dataset_type
+    sources = expand_sources(train_data, factors)
+    if kind == "csv":
+        return Catalog(kind, *csv_shards(sources, csv_fields or CsvConfig()))
+    return Catalog(kind, sources, count_samples(sources) if count else None)

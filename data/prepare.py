@@ -1,0 +1,76 @@
+"""One raw sample into what a batch needs: pixels, caption and random draws. Runs in the loader's workers.
+
+Knows no lanes, batches or tokenizer. The train transform is OpenCLIP's: a random resized crop without
+flip; what follows it (jitter, grey, erasing, normalisation) is drawn here and done on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from data.augment import AugmentConfig, draw_augmentations, sample_crop
+from data.captions import caption_of
+from data.decode import decode_rgb, resize_crop
+from data.randomness import KeyedRandom
+from data.samples import RawSample, SampleError
+
+# OpenCLIP's four in its order of preference, then what Pillow reads besides.
+IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp", "jpe", "jfif", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm")
+
+
+class PrepareConfig(Protocol):
+    """What `Preparer` reads of the loader's configuration."""
+
+    @property
+    def image_size(self) -> tuple[int, int]: ...
+
+    @property
+    def interpolation(self) -> str: ...
+
+    @property
+    def aug(self) -> AugmentConfig: ...
+
+    @property
+    def caption_key(self) -> str: ...
+
+    @property
+    def max_image_pixels(self) -> int: ...
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A sample ready for a batch. `image` uint8 [3, h, w]; `draws` has the same keys and shapes for every sample."""
+
+    image: torch.Tensor
+    caption: str
+    draws: dict[str, torch.Tensor]
+
+
+def image_of(raw: RawSample) -> bytes:
+    """The bytes of the sample's picture; SampleError "no_image" when no member has a known extension."""
+    for extension in IMAGE_EXTENSIONS:
+        if extension in raw.fields:
+            return raw.fields[extension]
+    raise SampleError("no_image", f"members: {', '.join(sorted(raw.fields)) or 'none'}")
+
+
+class Preparer:
+    """Turns raw samples into `Prepared` ones. Holds only its configuration, so it can be sent to workers."""
+
+    def __init__(self, config: PrepareConfig):
+        self.config = config
+
+    def prepare(self, raw: RawSample, random_key: tuple[int | str, ...]) -> Prepared:
+        """The sample under the draws of `random_key`; SampleError when it cannot be used."""
+        config = self.config
+        caption = caption_of(
+            raw, config.caption_key
+        )  # Before the picture: decoding for nothing is the dearest way to skip.
+        image = decode_rgb(image_of(raw), config.max_image_pixels)
+        random = KeyedRandom("prepare", *random_key)
+        box = sample_crop(image.shape[0], image.shape[1], config.aug, random)
+        pixels = resize_crop(image, box, config.image_size, config.interpolation)
+        return Prepared(pixels, caption, draw_augmentations(config.aug, config.image_size, random))

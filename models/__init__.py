@@ -1,0 +1,92 @@
+"""Models: configurations, towers, tokenizer, inference transform, weights in. Knows no rank and no shard.
+
+Names are imported on first use: an error class or a list of names must not cost an import of torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from models.clip import CLIP
+    from models.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig, config_with
+    from models.errors import CheckpointError, ConfigError
+    from models.factory import build_model, create_model, create_model_and_transforms, get_tokenizer
+    from models.positions import Resized
+    from models.preprocess import InferenceTransform, TrainTransform, normalize
+    from models.registry import list_models, load_model_config
+    from models.tokenizer import ClipTokenizer
+    from models.weight_files import read_weights
+    from models.weights import PretrainedReport, load_pretrained
+
+_HOMES = {
+    "clip": ("CLIP",),
+    "config": (
+        "ModelConfig",
+        "PreprocessConfig",
+        "TextConfig",
+        "VisionConfig",
+        "config_with",
+    ),
+    "errors": (
+        "CheckpointError",
+        "ConfigError",
+    ),
+    "factory": (
+        "build_model",
+        "create_model",
+        "create_model_and_transforms",
+        "get_tokenizer",
+    ),
+    "positions": ("Resized",),
+    "preprocess": (
+        "InferenceTransform",
+        "TrainTransform",
+        "normalize",
+    ),
+    "registry": (
+        "list_models",
+        "load_model_config",
+    ),
+    "tokenizer": ("ClipTokenizer",),
+    "weight_files": ("read_weights",),
+    "weights": (
+        "PretrainedReport",
+        "load_pretrained",
+    ),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "CLIP",
+    "CheckpointError",
+    "ClipTokenizer",
+    "ConfigError",
+    "InferenceTransform",
+    "ModelConfig",
+    "PreprocessConfig",
+    "PretrainedReport",
+    "Resized",
+    "TextConfig",
+    "TrainTransform",
+    "VisionConfig",
+    "build_model",
+    "config_with",
+    "create_model",
+    "create_model_and_transforms",
+    "get_tokenizer",
+    "list_models",
+    "load_model_config",
+    "load_pretrained",
+    "normalize",
+    "read_weights",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'models' has no attribute {name!r}")
+    value = getattr(import_module(f"models.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,154 @@
+"""The transformer's parts, shared by the native towers. Knows no configuration, no file, no rank.
+
+Parameter names and initialisation are OpenCLIP's (which are those of torch.nn.MultiheadAttention inside a
+pre-norm block), the attention itself is one fused call. Shapes follow the legend in `models/clip.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+ActivationFactory = Callable[[], nn.Module]
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation computed in the parameters' precision, returned in the input's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.layer_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps)
+        return normed.to(x.dtype)
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the approximation that OpenAI's weights were trained with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class LayerScale(nn.Module):
+    """A learnt factor for each channel (Touvron et al. 2021, CaiT, section 2)."""
+
+    def __init__(self, width: int, init_value: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), init_value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class PatchDropout(nn.Module):
+    """Keeps a random subset of patches in training, always with the class token (Li et al. 2022, FLIP).
+
+    The same number for every image, so shapes stay static; the draw happens on the tensor's own device,
+    so it waits for nothing.
+    """
+
+    def __init__(self, dropped_share: float) -> None:
+        super().__init__()
+        self.dropped_share = dropped_share
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        if not self.training or self.dropped_share == 0.0:
+            return x_BND
+        batch, num_tokens, width = x_BND.shape
+        num_patches = num_tokens - 1
+        num_kept = max(1, int(num_patches * (1 - self.dropped_share)))
+        kept_BK = torch.rand(batch, num_patches, device=x_BND.device).topk(num_kept, dim=1).indices + 1
+        class_B1 = kept_BK.new_zeros(batch, 1)
+        index = torch.cat([class_B1, kept_BK], dim=1).unsqueeze(-1).expand(-1, -1, width)
+        return x_BND.gather(1, index)
+
+
+class Attention(nn.Module):
+    """Self-attention with one stacked projection for query, key and value."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x_BND: Tensor, is_causal: bool = False) -> Tensor:
+        batch, num_tokens, width = x_BND.shape
+        stacked = F.linear(x_BND, self.in_proj_weight, self.in_proj_bias)
+        query, key, value = stacked.view(batch, num_tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # 3 x [B,H,N,K]
+        mixed_BHNK = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+        return self.out_proj(mixed_BHNK.transpose(1, 2).reshape(batch, num_tokens, width))
+
+
+class Mlp(nn.Module):
+    """Two linear layers around an activation."""
+
+    def __init__(self, width: int, inner_width: int, activation: ActivationFactory) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(width, inner_width)
+        self.gelu = activation()
+        self.c_proj = nn.Linear(inner_width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.gelu(self.c_fc(x)))
+
+
+class ResidualAttentionBlock(nn.Module):
+    """Pre-norm attention and MLP, each added to its input, each with an optional layer scale."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        activation: ActivationFactory,
+        norm_eps: float = 1e-5,
+        ls_init_value: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(width, eps=norm_eps)
+        self.attn = Attention(width, heads)
+        self.ls_1 = _layer_scale(width, ls_init_value)
+        self.ln_2 = LayerNorm(width, eps=norm_eps)
+        self.mlp = Mlp(width, int(width * mlp_ratio), activation)
+        self.ls_2 = _layer_scale(width, ls_init_value)
+
+    def forward(self, x_BND: Tensor, is_causal: bool = False) -> Tensor:
+        x_BND = x_BND + self.ls_1(self.attn(self.ln_1(x_BND), is_causal))
+        return x_BND + self.ls_2(self.mlp(self.ln_2(x_BND)))
+
+
+class Transformer(nn.Module):
+    """A stack of residual attention blocks, which recomputes them in the backward pass when asked."""
+
+    def __init__(self, blocks: Iterable[ResidualAttentionBlock]) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(blocks)
+        self.grad_checkpointing = False
+
+    def blocks(self) -> list[ResidualAttentionBlock]:
+        return list(self.resblocks)  # type: ignore[arg-type]
+
+    def forward(self, x_BND: Tensor, is_causal: bool = False) -> Tensor:
+        recompute = self.grad_checkpointing and torch.is_grad_enabled()
+        for block in self.resblocks:
+            if recompute:
+                # The blocks draw no random numbers, so there is no generator state to keep.
+                x_BND = checkpoint(block, x_BND, is_causal, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BND = block(x_BND, is_causal)
+        return x_BND
+
+
+def activation_factory(quick_gelu: bool, approximate: str = "none") -> ActivationFactory:
+    """Builds the activation of a native tower's MLPs."""
+    return QuickGELU if quick_gelu else lambda: nn.GELU(approximate=approximate)
+
+
+def _layer_scale(width: int, init_value: float | None) -> nn.Module:
+    return nn.Identity() if init_value is None else LayerScale(width, init_value)

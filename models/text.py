@@ -1,0 +1,111 @@
+"""The native text tower. Its parameters live under a module of their own or at the top level of CLIP.
+
+OpenCLIP has both layouts (`text.transformer...` and `transformer...`), so the parameters and their forward
+pass are one base class that either module inherits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.config import TextConfig
+from models.layers import LayerNorm, ResidualAttentionBlock, Transformer, activation_factory
+
+
+class TextLayers(nn.Module):
+    """The parameters of a text tower and what they compute; `add_text_layers` makes them attributes of self."""
+
+    token_embedding: nn.Embedding
+    positional_embedding: nn.Parameter
+    transformer: Transformer
+    ln_final: LayerNorm
+    text_projection: nn.Linear | nn.Parameter | None
+
+    def add_text_layers(self, config: TextConfig, embed_dim: int, quick_gelu: bool) -> None:
+        """Creates the parameters, initialised as OpenCLIP does (standard deviations after Radford et al. 2021)."""
+        self.text_config = config
+        norm_eps = config.norm_kwargs.eps if config.norm_kwargs else 1e-5
+        self.positional_embedding = nn.Parameter(torch.empty(config.context_length, config.width))
+        self.text_projection = _projection(config, embed_dim)
+        self.transformer = Transformer(_blocks(config, quick_gelu, norm_eps))
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.ln_final = LayerNorm(config.width, eps=norm_eps)
+        self._init_text_layers(config)
+
+    @property
+    def ignores_padding(self) -> bool:
+        """Whether what follows the pooled token cannot reach the features, so that it may be cut off."""
+        return not self.text_config.no_causal_mask and self.text_config.pool_type != "last"
+
+    def text_features(self, tokens: Tensor) -> Tensor:
+        """Token ids [B,L] to features [B,E], not normalised.
+
+        L may be shorter than the context where the tower ignores padding: positions are counted from the
+        start, and the result equals that of the padded rows. Raises ValueError for any other length.
+        """
+        length, context_length = tokens.shape[1], self.text_config.context_length
+        if length > context_length or (length < context_length and not self.ignores_padding):
+            raise ValueError(f"this tower takes {context_length} tokens, got {length}")
+        hidden_BLD = self.token_embedding(tokens) + self.positional_embedding[:length]
+        hidden_BLD = self.transformer(hidden_BLD, is_causal=not self.text_config.no_causal_mask)
+        # A layer norm acts on each token alone, so only the pooled one needs it.
+        pooled_BD = self.ln_final(self._pool(hidden_BLD, tokens))
+        if self.text_projection is None:
+            return pooled_BD
+        if isinstance(self.text_projection, nn.Linear):
+            return self.text_projection(pooled_BD)
+        return pooled_BD @ self.text_projection
+
+    def _pool(self, hidden_BLD: Tensor, tokens: Tensor) -> Tensor:
+        pool_type = self.text_config.pool_type
+        if pool_type in ("first", "last"):
+            return hidden_BLD[:, 0 if pool_type == "first" else -1]
+        # The end-of-text id is the largest of the vocabulary, so its first position is the argmax.
+        marks = tokens if pool_type == "argmax" else (tokens == self.text_config.eos_id).int()
+        rows = torch.arange(tokens.shape[0], device=tokens.device)
+        return hidden_BLD[rows, marks.argmax(dim=-1)]
+
+    def _init_text_layers(self, config: TextConfig) -> None:
+        in_std = config.width**-0.5
+        out_std = in_std * (2 * config.layers) ** -0.5
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        for block in self.transformer.blocks():
+            nn.init.normal_(block.attn.in_proj_weight, std=in_std)
+            nn.init.normal_(block.attn.out_proj.weight, std=out_std)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * config.width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=out_std)
+        if isinstance(self.text_projection, nn.Linear):
+            nn.init.normal_(self.text_projection.weight, std=in_std)
+            nn.init.zeros_(self.text_projection.bias)
+        elif self.text_projection is not None:
+            nn.init.normal_(self.text_projection, std=in_std)
+
+
+class TextTower(TextLayers):
+    """A text tower as a module of its own (OpenCLIP's custom_text layout, keys under `text.`)."""
+
+    def __init__(self, config: TextConfig, embed_dim: int, quick_gelu: bool) -> None:
+        super().__init__()
+        self.add_text_layers(config, embed_dim, quick_gelu)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.text_features(tokens)
+
+
+def _projection(config: TextConfig, embed_dim: int) -> nn.Linear | nn.Parameter | None:
+    if config.proj_type == "none":
+        return None
+    if config.proj_bias:
+        return nn.Linear(config.width, embed_dim)
+    return nn.Parameter(torch.empty(config.width, embed_dim))
+
+
+def _blocks(config: TextConfig, quick_gelu: bool, norm_eps: float) -> list[ResidualAttentionBlock]:
+    approximate = config.act_kwargs.approximate if config.act_kwargs else "none"
+    activation = activation_factory(quick_gelu, approximate)
+    return [
+        ResidualAttentionBlock(config.width, config.heads, config.mlp_ratio, activation, norm_eps, config.ls_init_value)
+        for _ in range(config.layers)
+    ]

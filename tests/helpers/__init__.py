@@ -1,0 +1,1 @@
+"""What tests share: shards, processes, ranks, a Slurm cluster."""

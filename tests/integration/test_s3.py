@@ -1,0 +1,53 @@
+"""Runs that stream from a real S3 server over HTTP, with and without the aws command."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.s3 import S3Server
+from tests.helpers.shards import write_shards
+from tests.integration.test_training import losses, run
+
+
+@pytest.fixture(scope="module")
+def bucket(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> S3Server:
+    """Four shards of 16 samples under training/."""
+    for path in write_shards(tmp_path_factory.mktemp("s3"), [16] * 4):
+        s3_server.upload(path, f"training/{path.name}")
+    return s3_server
+
+
+FLAGS = ["--dataset-resampled", "--train-num-samples", "32", "--epochs", "1", "--workers", "1"]
+
+
+@pytest.mark.slow
+def test_a_run_streams_from_s3_directly_and_by_the_aws_command_alike(bucket: S3Server, tmp_path: Path) -> None:
+    if shutil.which("aws") is None:
+        pytest.skip("the aws command is not installed")
+    url = bucket.url("training/shard-{00000..00003}.tar")
+    assert run(tmp_path, url, *FLAGS, name="direct") == 0
+    assert run(tmp_path, f"pipe:aws s3 cp {url} -", *FLAGS, name="pipe") == 0
+    assert losses(tmp_path, "direct") == losses(tmp_path, "pipe")
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [("s3://no-such-bucket/{0..3}.tar", "no-such-bucket"), ("s3://clipyard-test/none-{0..3}.tar", "none-0.tar")],
+)
+def test_a_missing_bucket_or_key_gets_one_clear_line(
+    bucket: S3Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, url: str, message: str
+) -> None:
+    assert run(tmp_path, url, *FLAGS) == 2
+    assert message in caplog.text
+
+
+def test_missing_credentials_get_one_clear_line(
+    bucket: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    assert run(tmp_path, bucket.url("training/shard-{00000..00003}.tar"), *FLAGS) == 2
+    assert "credentials" in caplog.text

@@ -1,0 +1,178 @@
+"""The templates of slurm/, and runs of them on a real two-node cluster on this machine (skipped without Slurm)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.process import ROOT, poll
+from tests.helpers.slurm import SlurmCluster
+from training.cli import parse_args
+
+TEMPLATES = sorted((ROOT / "slurm").glob("*.sbatch"))
+# What a small CPU cluster needs instead of the templates' 8 GPUs a node.
+SMALL_NODES = ("--nodes=2", "--ntasks-per-node=1", "--gres=none", "--cpus-per-task=1", "--time=30")
+SMALL_RUN = (
+    *("--model=tiny-test", "--device=cpu", "--precision=fp32", "--no-torchcompile"),
+    *("--batch-size=4", "--epochs=1", "--warmup=2", "--lr=1e-4", "--workers=1", "--log-every-n-steps=1"),
+    *("--no-ddp-static-graph", "--no-grad-checkpointing"),
+)
+
+FAKE_SRUN = """#!/usr/bin/env python3
+import json, os, sys
+with open(os.environ["SEEN"], "w") as file:
+    json.dump({"args": sys.argv[1:], "env": dict(os.environ)}, file)
+sys.exit(int(os.environ.get("SRUN_EXIT", "0")))
+"""
+
+
+def _run_script(template: Path, folder: Path, *flags: str, **env: str) -> tuple[int, str, dict]:
+    """Runs a template as plain bash with stand-ins for Slurm's commands: exit code, output, what srun saw."""
+    commands = folder / "bin"
+    commands.mkdir()
+    (commands / "srun").write_text(FAKE_SRUN)
+    for name in ("scontrol", "scancel"):
+        (commands / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
+    (commands / "squeue").write_text("#!/bin/sh\necho 2030-01-02T03:04:05\n")
+    for command in commands.iterdir():
+        command.chmod(0o755)
+    settings = {"PATH": f"{commands}:{os.environ['PATH']}", "SEEN": str(folder / "seen"), "TZ": "UTC"}
+    job = {"SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "my_run", "SLURM_CPUS_PER_TASK": "12"}
+    data = {"TRAIN_DATA": "s3://bucket/{00..99}.tar", "TRAIN_NUM_SAMPLES": "1000", "CLIPYARD_VENV": str(folder)}
+    done = subprocess.run(
+        ["bash", str(template), *flags],
+        cwd=ROOT,
+        env=os.environ | settings | job | data | env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    seen = folder / "seen"
+    return done.returncode, done.stdout + done.stderr, json.loads(seen.read_text()) if seen.exists() else {}
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.name)
+def test_a_template_holds_flags_that_the_program_knows(template: Path, tmp_path: Path) -> None:
+    code, output, seen = _run_script(template, tmp_path, "--lr", "3e-4", NAME="mine")
+    assert code == 0, output
+    launch, flags = seen["args"][:6], seen["args"][6:]
+    assert launch == ["--cpu_bind=v", "--accel-bind=gn", "python", "-u", "-m", "training.main"]
+    config = parse_args(flags)
+    assert (config.run.name, config.run.resume, config.optim.lr) == ("mine", "latest", 3e-4)
+    assert config.data.train_data == "s3://bucket/{00..99}.tar"
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.name)
+def test_a_template_asks_slurm_for_signal_log_and_whole_nodes(template: Path) -> None:
+    directives = {
+        line.removeprefix("#SBATCH ") for line in template.read_text().splitlines() if line.startswith("#SBATCH")
+    }
+    assert {"--signal=USR2@300", "--open-mode=append", "--ntasks-per-node=8", "--gres=gpu:8"} <= directives
+    assert ("--requeue" in directives) != ("--no-requeue" in directives)
+
+
+def test_a_job_tells_its_ranks_cores_and_end(tmp_path: Path) -> None:
+    _, _, seen = _run_script(TEMPLATES[0], tmp_path)
+    assert seen["env"]["SRUN_CPUS_PER_TASK"] == "12"
+    assert seen["env"]["CLIPYARD_END_TIME"] == "1893553445"
+    assert "MASTER_ADDR" not in seen["env"]
+
+
+def test_what_the_user_exported_is_kept(tmp_path: Path) -> None:
+    _, _, seen = _run_script(TEMPLATES[0], tmp_path, CLIPYARD_END_TIME="5", SRUN_CPUS_PER_TASK="3", OMP_NUM_THREADS="7")
+    kept = {name: seen["env"][name] for name in ("CLIPYARD_END_TIME", "SRUN_CPUS_PER_TASK", "OMP_NUM_THREADS")}
+    assert kept == {"CLIPYARD_END_TIME": "5", "SRUN_CPUS_PER_TASK": "3", "OMP_NUM_THREADS": "7"}
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (2, False), (75, True)])
+def test_only_exit_code_75_is_requeued(tmp_path: Path, code: int, requeued: bool) -> None:
+    ended, output, _ = _run_script(ROOT / "slurm/train_8xh100.sbatch", tmp_path, SRUN_EXIT=str(code))
+    assert (ended, "scontrol requeue 77" in output) == (code, requeued)
+
+
+@pytest.mark.parametrize(("code", "cancelled"), [(0, True), (1, False), (2, True), (75, False)])
+def test_a_chain_ends_when_there_is_nothing_more_to_do(tmp_path: Path, code: int, cancelled: bool) -> None:
+    ended, output, _ = _run_script(ROOT / "slurm/chained.sbatch", tmp_path, SRUN_EXIT=str(code))
+    assert (ended, "scancel --state=PENDING --name=my_run" in output) == (code, cancelled)
+    assert "scontrol" not in output
+
+
+def test_a_missing_setting_is_named(tmp_path: Path) -> None:
+    code, output, seen = _run_script(TEMPLATES[0], tmp_path, TRAIN_DATA="")
+    assert code != 0
+    assert "TRAIN_DATA" in output
+    assert not seen
+
+
+@pytest.fixture
+def job_env(tmp_path: Path, shards: Callable[..., list[Path]]) -> dict[str, str]:
+    """What a user exports before sbatch: data, name and the folder of runs."""
+    folder = shards([16, 16, 16, 16])[0].parent
+    data = {"TRAIN_DATA": f"{folder}/shard-{{00000..00003}}.tar", "TRAIN_NUM_SAMPLES": "64"}
+    return data | {"NAME": "job", "LOGS": str(tmp_path / "logs"), "CLIPYARD_VENV": sys.prefix, "CLIPYARD_END_TIME": ""}
+
+
+def _submit(
+    cluster: SlurmCluster, template: str, env: dict[str, str], *flags: str, options: tuple[str, ...] = ()
+) -> str:
+    where = (f"--chdir={ROOT}", f"--output={env['LOGS']}.out")
+    return cluster.run(
+        "sbatch", "--parsable", *SMALL_NODES, *where, *options, ROOT / "slurm" / template, *SMALL_RUN, *flags, env=env
+    ).strip()
+
+
+def _steps(env: dict[str, str]) -> list[int]:
+    """The steps with a training line in metrics.jsonl, in the file's order."""
+    path = Path(env["LOGS"]) / env["NAME"] / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [entry["step"] for entry in map(json.loads, filter(None, lines)) if "train/loss" in entry]
+
+
+def _output(env: dict[str, str]) -> str:
+    return Path(f"{env['LOGS']}.out").read_text(errors="replace")
+
+
+@pytest.mark.slow
+def test_a_template_trains_on_two_nodes(slurm_cluster: SlurmCluster, job_env: dict[str, str]) -> None:
+    job_id = _submit(slurm_cluster, "train_8xa100_80gb.sbatch", job_env, "--epochs=2")
+    job = slurm_cluster.wait_end(job_id)
+    assert job["JobState"] == "COMPLETED", _output(job_env)
+    assert _steps(job_env) == list(range(1, 17))
+    assert (Path(job_env["LOGS"]) / "job" / "checkpoints" / "epoch_2" / "manifest.json").exists()
+
+
+@pytest.mark.slow
+def test_a_signalled_job_saves_is_requeued_and_finishes(slurm_cluster: SlurmCluster, job_env: dict[str, str]) -> None:
+    env = job_env | {"TRAIN_NUM_SAMPLES": "2400"}
+    job_id = _submit(slurm_cluster, "train_8xh100.sbatch", env)
+    _signal_when_training(slurm_cluster, job_id, env)
+    job = slurm_cluster.wait_end(job_id)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), _output(env)
+    assert "preempted and saved: requeue" in _output(env)
+    assert _steps(env) == list(range(1, 301))
+
+
+@pytest.mark.slow
+def test_a_chain_goes_on_after_a_signal_and_drops_what_is_left(
+    slurm_cluster: SlurmCluster, job_env: dict[str, str]
+) -> None:
+    env = job_env | {"TRAIN_NUM_SAMPLES": "2400"}
+    links = [_submit(slurm_cluster, "chained.sbatch", env, options=("--job-name=chain",)) for _ in range(3)]
+    _signal_when_training(slurm_cluster, links[0], env)
+    states = [slurm_cluster.wait_end(link)["JobState"] for link in links]
+    assert states == ["FAILED", "COMPLETED", "CANCELLED"], _output(env)
+    assert slurm_cluster.job(links[0])["ExitCode"] == "75:0"
+    assert _steps(env) == list(range(1, 301))
+
+
+def _signal_when_training(cluster: SlurmCluster, job_id: str, env: dict[str, str]) -> None:
+    cluster.wait_state(job_id, {"RUNNING"})
+    poll(lambda: len(_steps(env)) >= 3 or cluster.job(job_id)["JobState"] != "RUNNING", 90, "three steps")
+    assert len(_steps(env)) >= 3, _output(env)
+    cluster.run("scancel", "--signal=USR2", job_id)

@@ -1,0 +1,63 @@
+"""The scripts around shards: what they print, write and refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scripts import check_shards, index_shards, make_demo_shards
+from tests.helpers.shards import cut_tar, write_shards
+
+
+def test_make_demo_shards_draws_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [str(tmp_path / "d"), "--train=3", "--val=2", "--evaluation=2", "--shard=2", "--pixels=16"]
+    assert make_demo_shards.main(command) == 0
+    assert sorted(path.name for path in (tmp_path / "d" / "train").iterdir()) == [
+        "00000.tar",
+        "00001.tar",
+        "sizes.json",
+    ]
+    assert make_demo_shards.main(command) == 0
+    assert "is there already" in capsys.readouterr().out
+
+
+def test_check_shards_tells_what_is_in_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_shards(tmp_path, [4, 4], broken={1: "no_caption"})
+    assert check_shards.main([f"{tmp_path}/shard-{{00000..00001}}.tar", "--model", "tiny-test"]) == 0
+    output = capsys.readouterr().out
+    assert "7 of 8 samples valid in 2 shards" in output
+    assert "no_caption 1" in output
+
+
+def test_check_shards_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check_shards.main([f"{tmp_path}/none-{{0..2}}.tar"]) == 2
+    assert capsys.readouterr().err.startswith("error: --train-data")
+
+
+def test_index_shards_writes_the_counts_beside_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_shards(tmp_path / "a", [4, 2])
+    write_shards(tmp_path / "b", [3])
+    assert index_shards.main([f"{tmp_path}/a::{tmp_path}/b"]) == 0
+    assert json.loads((tmp_path / "a" / "sizes.json").read_text()) == {"shard-00000.tar": 4, "shard-00001.tar": 2}
+    assert json.loads((tmp_path / "b" / "sizes.json").read_text()) == {"shard-00000.tar": 3}
+    assert "6 samples in 2 shards" in capsys.readouterr().out
+
+
+def test_index_shards_does_not_trust_or_replace_an_old_index(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shards(tmp_path, [4], sizes_json=True)
+    assert index_shards.main([str(tmp_path)]) == 2
+    assert "remove it to count anew" in capsys.readouterr().err
+
+
+def test_index_shards_refuses_a_broken_tar_and_remote_shards(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut_tar(write_shards(tmp_path, [4])[0])
+    assert index_shards.main([str(tmp_path)]) == 2
+    assert index_shards.main(["s3://bucket/{0..1}.tar"]) == 2
+    assert "only local shards can be counted" in capsys.readouterr().err
+    assert not (tmp_path / "sizes.json").exists()

@@ -1,0 +1,120 @@
+"""What a run asks of its evaluation: when, under which names, and what happens when it goes wrong."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import models
+from tests.helpers.shards import write_shards
+from tests.training.evaluation.conftest import write_labelled
+from training.config import DataConfig, EvalConfig
+from training.distributed import World
+from training.errors import ConfigError, DataConfigError, DataError
+from training.evaluation import Evaluator
+
+PREPROCESS = models.InferenceTransform(models.load_model_config("tiny-test").preprocess)
+
+
+def build(sets: EvalConfig, data: DataConfig | None = None, **options: Any) -> Evaluator:
+    tokenizer = models.get_tokenizer("tiny-test")
+    options = {"batch_size": 4, "workers": 1, "precision": "fp32"} | options
+    return Evaluator(sets, data or DataConfig(), tokenizer, PREPROCESS, World(), **options)
+
+
+def stopper(after: int) -> Callable[[], bool]:
+    """Asks to stop from the question number `after` on."""
+    asked = iter(range(1_000_000))
+    return lambda: next(asked) >= after
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> str:
+    """7 pairs in 2 shards."""
+    write_shards(tmp_path / "pairs", [4, 3])
+    return str(tmp_path / "pairs" / "shard-{00000..00001}.tar")
+
+
+def test_figures_have_the_names_of_the_contract(model: models.CLIP, labelled_set: Path, pairs: str) -> None:
+    evaluator = build(EvalConfig(zeroshot_data=(f"shapes={labelled_set}",)), DataConfig(val_data=pairs))
+    figures = evaluator.evaluate(model, epoch=2, is_last=False)
+    assert figures is not None
+    expected = {
+        "shapes-zeroshot-top1",
+        "shapes-zeroshot-top5",
+        "shapes-zeroshot-mean_per_class_recall",
+        "clip_val_loss",
+    }
+    expected |= {f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
+    assert {f"val/{name}" for name in expected} <= figures.keys()
+    assert figures["val/num_samples"] == 7
+
+
+def test_imagenet_keeps_openclips_name(model: models.CLIP, labelled_set: Path) -> None:
+    evaluator = build(EvalConfig(imagenet_val=str(labelled_set)))
+    assert "val/imagenet-zeroshot-val-top1" in (evaluator.evaluate(model, epoch=2, is_last=False) or {})
+
+
+def test_frequencies_count_epochs_and_the_last_epoch_always_counts(labelled_set: Path, pairs: str) -> None:
+    sets = EvalConfig(zeroshot_data=(f"shapes={labelled_set}",), zeroshot_frequency=2, val_frequency=3)
+    evaluator = build(sets, DataConfig(val_data=pairs))
+    assert evaluator.due(1, is_last=False) == []
+    assert evaluator.due(2, is_last=False) == ["shapes"]
+    assert evaluator.due(3, is_last=False) == ["val"]
+    assert evaluator.due(5, is_last=True) == ["shapes", "val"]
+
+
+def test_a_frequency_of_zero_means_never(labelled_set: Path) -> None:
+    evaluator = build(EvalConfig(zeroshot_data=(f"shapes={labelled_set}",), zeroshot_frequency=0))
+    assert evaluator.due(2, is_last=True) == []
+
+
+def test_nothing_due_measures_nothing(model: models.CLIP) -> None:
+    assert build(EvalConfig()).evaluate(model, epoch=1, is_last=True) == {}
+
+
+def test_the_figures_do_not_depend_on_the_batch_size(model: models.CLIP, labelled_set: Path, pairs: str) -> None:
+    sets, data = EvalConfig(zeroshot_data=(f"shapes={labelled_set}",)), DataConfig(val_data=pairs)
+    small, large = (build(sets, data, batch_size=size).evaluate(model, epoch=2, is_last=True) for size in (3, 64))
+    assert small is not None
+    assert small == pytest.approx(large, abs=1e-5)
+
+
+def test_a_stop_ends_the_evaluation_without_figures(model: models.CLIP, labelled_set: Path) -> None:
+    evaluator = build(EvalConfig(zeroshot_data=(f"shapes={labelled_set}",)), should_stop=stopper(1))
+    model.train()
+    assert evaluator.evaluate(model, epoch=2, is_last=True) is None
+    assert model.training
+
+
+def test_two_sets_of_one_name_are_refused(labelled_set: Path) -> None:
+    with pytest.raises(ConfigError, match="the name 'shapes' is taken"):
+        build(EvalConfig(zeroshot_data=(f"shapes={labelled_set}", f"shapes={labelled_set}")))
+
+
+def test_a_broken_image_is_named_and_does_not_end_the_training(
+    model: models.CLIP, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = write_labelled(tmp_path / "set", broken=9)
+    evaluator = build(EvalConfig(zeroshot_data=(f"shapes={root}",)))
+    with caplog.at_level(logging.ERROR):
+        assert evaluator.evaluate(model, epoch=2, is_last=True) == {}
+    assert "s0000009" in caplog.text
+    assert "2.tar" in caplog.text
+    with pytest.raises(DataError, match="s0000009"):
+        evaluator.evaluate_sets(model, ["shapes"], strict=True)
+
+
+def test_another_number_of_pairs_than_announced_is_an_error(model: models.CLIP, pairs: str) -> None:
+    evaluator = build(EvalConfig(), DataConfig(val_data=pairs, val_num_samples=8))
+    with pytest.raises(DataConfigError, match="--val-num-samples 8, but --val-data has 7 pairs"):
+        evaluator.evaluate(model, epoch=1, is_last=True)
+
+
+def test_pairs_that_are_not_there_are_refused_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(DataConfigError, match=r"^--val-data .*nowhere\.tar"):
+        build(EvalConfig(), DataConfig(val_data=str(tmp_path / "nowhere.tar")))

@@ -1,0 +1,63 @@
+"""Sessions of several ranks: agreements, shared errors, and the roll call."""
+
+from __future__ import annotations
+
+import pytest
+
+from models.errors import ConfigError
+from tests.helpers.gloo import run_ranks
+from training.config import ClusterConfig
+from training.distributed import World, session
+from training.errors import PeerError
+
+
+def _agree() -> tuple[int, bool, list[int], str]:
+    with session(ClusterConfig(device="cpu")) as world:
+        return (
+            world.max_int(world.rank),
+            world.any(world.rank == 1),
+            world.all_gather_object(world.rank),
+            world.on_main(lambda: f"from {world.rank}"),
+        )
+
+
+def test_ranks_agree_on_numbers_flags_and_objects() -> None:
+    assert run_ranks(_agree, 2) == [(1, True, [0, 1], "from 0")] * 2
+
+
+def _one_fails() -> tuple[str, str, int]:
+    with session(ClusterConfig(device="cpu")) as world:
+        try:
+            with world.collectively("reading"):
+                if world.rank == 1:
+                    raise ConfigError("no such bucket")
+        except (ConfigError, PeerError) as error:
+            return type(error).__name__, str(error), error.exit_code
+    return "", "", 0
+
+
+def test_what_one_rank_finds_all_ranks_raise_with_its_exit_code() -> None:
+    assert run_ranks(_one_fails, 2) == [
+        ("PeerError", "reading: rank 1: no such bucket", 2),
+        ("ConfigError", "no such bucket", 2),
+    ]
+
+
+def _join(timeout_s: float) -> str:
+    try:
+        with session(ClusterConfig(device="cpu", rendezvous_timeout_s=timeout_s)):
+            return "joined"
+    except ConfigError as error:
+        return str(error)
+
+
+def test_a_missing_rank_is_named_within_the_time_limit() -> None:
+    (said,) = run_ranks(_join, 1, 2.0, env={"WORLD_SIZE": "3"})
+    assert "1 of 3 ranks came within 2 s; missing: 1, 2" in said
+
+
+def test_a_world_of_one_needs_no_process_group() -> None:
+    world = World()
+    assert world.is_main and world.all_gather_object("x") == ["x"]
+    with pytest.raises(ConfigError), world.collectively("x"):
+        raise ConfigError("plain")

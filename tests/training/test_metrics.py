@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from training.metrics import MetricsLog, read_metrics
+
+
+def fill(run_dir: Path, steps: list[int], resume_step: int | None = None) -> Path:
+    with MetricsLog(run_dir, resume_step) as log:
+        for step in steps:
+            log.write({"train/loss": 1 / (step + 1)}, step=step, epoch=step // 10, samples_seen=step * 32)
+        return log.path
+
+
+def steps_of(path: Path) -> list[int]:
+    return [record["step"] for record in read_metrics(path)]
+
+
+def test_every_line_is_an_object_with_step_epoch_samples_and_time(tmp_path: Path) -> None:
+    lines = fill(tmp_path / "new", [1, 2, 25]).read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [(r["step"], r["epoch"], r["samples_seen"]) for r in records] == [(1, 0, 32), (2, 0, 64), (25, 2, 800)]
+    assert all(r["time"] > 1e9 and r["train/loss"] > 0 for r in records)
+
+
+def test_a_line_is_in_the_file_as_soon_as_it_is_written(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path, None) as log:
+        log.write({"a": 1}, step=1, epoch=0, samples_seen=1)
+        assert steps_of(log.path) == [1]
+
+
+def test_a_resume_cuts_off_what_lies_beyond_its_step(tmp_path: Path) -> None:
+    fill(tmp_path, [10, 20, 30, 40])
+    path = fill(tmp_path, [30, 40], resume_step=20)
+    assert steps_of(path) == [10, 20, 30, 40]
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_an_evaluation_at_the_step_of_the_checkpoint_stays(tmp_path: Path) -> None:
+    fill(tmp_path, [20, 20, 21])
+    assert steps_of(fill(tmp_path, [], resume_step=20)) == [20, 20]
+
+
+def test_a_run_that_begins_anew_begins_an_empty_file(tmp_path: Path) -> None:
+    fill(tmp_path, [0, 10])
+    assert steps_of(fill(tmp_path, [0], resume_step=None)) == [0]
+
+
+def test_a_torn_line_is_passed_over_and_cut_off_on_resume(tmp_path: Path) -> None:
+    path = fill(tmp_path, [10, 20])
+    with path.open("a") as file:
+        file.write('{"step": 30, "epo')
+    assert steps_of(path) == [10, 20]
+    assert steps_of(fill(tmp_path, [30], resume_step=20)) == [10, 20, 30]
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_numbers_of_tensors_and_arrays_become_plain_numbers(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path, None) as log:
+        values = {"a": torch.tensor(0.5), "b": np.float32(0.25), "c": np.int64(3), "d": True, "e": "text"}
+        record = log.write(values, step=1, epoch=0, samples_seen=1)
+    assert [record[name] for name in "abcde"] == [0.5, 0.25, 3, True, "text"]
+    assert next(read_metrics(log.path)) == record
+
+
+def test_what_is_not_finite_is_null_and_named(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path, None) as log:
+        log.write({"x": math.nan, "y": torch.tensor(math.inf), "z": 1.0}, step=1, epoch=0, samples_seen=1)
+    assert "NaN" not in log.path.read_text() and "Infinity" not in log.path.read_text()
+    record = next(read_metrics(log.path))
+    assert record["x"] is None and record["y"] is None and record["z"] == 1.0
+    assert record["nonfinite"] == ["x", "y"]
+
+
+def test_the_listener_gets_every_record(tmp_path: Path) -> None:
+    records: list[Any] = []
+
+    class Listener:
+        def write(self, record: Any) -> None:
+            records.append(record)
+
+    with MetricsLog(tmp_path, None, Listener()) as log:
+        log.write({"a": 1}, step=3, epoch=0, samples_seen=9)
+    assert [record["step"] for record in records] == [3]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_names_the_file_and_closing_stays_quiet(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path, None) as log:
+        log._file.close()
+        log._file = Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115
+        with pytest.raises(OSError, match=r"No space left on device: .*metrics\.jsonl"):
+            log.write({}, step=1, epoch=0, samples_seen=1)

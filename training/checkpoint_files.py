@@ -1,0 +1,372 @@
+"""The checkpoint folder as files: write, verify, find, rotate. Knows no model, no optimiser, no ranks.
+
+A folder is built under a temporary name, its manifest is written last, and one rename makes it a
+checkpoint: whatever kills the writer, a reader finds the old state or the new one. A replaced or
+deleted folder loses its name first, for the same reason.
+
+Names in the directory of checkpoints: `epoch_<N>` and `step_<NNNNNNNNN>` are checkpoints when their
+manifest verifies. `.tmp-*` is being written, `.replaced-*` gives way to a new folder of its name,
+`.deleted-*` is being deleted; each ends with the host and process id of its owner.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import socket
+import struct
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.errors import CheckpointError, CheckpointWriteError
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+_CHUNK_BYTES = 16 << 20
+_NAME = re.compile(r"(epoch|step)_(\d+)")
+_LEFTOVER = re.compile(r"\.(tmp|replaced|deleted)-((?:epoch|step)_\d+)-(.+)-(\d+)")
+_SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and CRC-32 of one file."""
+
+    size: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a whole checkpoint consists of. `step` counts completed optimiser steps, `epoch` completed epochs."""
+
+    step: int
+    epoch: int
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    written_at: float = 0.0
+
+    def to_text(self) -> str:
+        """JSON with a checksum of itself, so that a damaged manifest cannot claim another step."""
+        body = {"format": FORMAT_VERSION, **asdict(self)}
+        return json.dumps({**body, "manifest_crc32": _crc32_of_json(body)}, indent=1)
+
+    @classmethod
+    def from_text(cls, text: str) -> Manifest:
+        """Raises ValueError, KeyError or TypeError when the text is not a manifest or was altered."""
+        body = json.loads(text)
+        if body.pop("manifest_crc32") != _crc32_of_json(body):
+            raise ValueError("its own checksum differs")
+        if body.pop("format") != FORMAT_VERSION:
+            raise ValueError("its format version is not known to this program")
+        files = {name: FileEntry(**entry) for name, entry in body.pop("files").items()}
+        return cls(files=files, **body)
+
+
+def _crc32_of_json(body: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
+
+
+# ---- write
+
+
+def write_checkpoint(
+    folder: Path,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    documents: Mapping[str, Any],
+    *,
+    step: int,
+    epoch: int,
+) -> Manifest:
+    """Write `folder` so that it appears whole or not at all; an existing folder of that name is replaced.
+
+    tensors: file name -> (key -> tensor on the host), each file in the safetensors format.
+    documents: file name -> text, or anything JSON can hold.
+    Raises CheckpointWriteError when the file system refuses; what was there before is then untouched.
+    """
+    temporary = _hidden_name("tmp", folder)
+    try:
+        _remove_tree(temporary)
+        temporary.mkdir(parents=True)
+        manifest = _fill(temporary, tensors, documents, step, epoch)
+        _take_name(temporary, folder)
+    except OSError as error:
+        _remove_tree(temporary)
+        raise CheckpointWriteError(_describe_failure(folder, tensors, error)) from error
+    return manifest
+
+
+def _fill(
+    folder: Path,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    documents: Mapping[str, Any],
+    step: int,
+    epoch: int,
+) -> Manifest:
+    files = {name: _write_file(folder / name, _text_pieces(content)) for name, content in documents.items()}
+    files |= {name: _write_file(folder / name, _safetensors_pieces(content)) for name, content in tensors.items()}
+    manifest = Manifest(step=step, epoch=epoch, files=files, written_at=time.time())
+    # Order matters: the manifest vouches for the other files, so it is written when they are on the disk.
+    _write_file(folder / MANIFEST, [manifest.to_text().encode()])
+    _sync_folder(folder)
+    return manifest
+
+
+def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> FileEntry:
+    """Write and fsync. The checksum is computed while the disk works: it costs no time of its own there."""
+    chunks = [piece[at : at + _CHUNK_BYTES] for piece in pieces for at in range(0, len(piece), _CHUNK_BYTES)]
+    with ThreadPoolExecutor(1) as pool, path.open("wb", buffering=1 << 20) as file:
+        for chunk in chunks:
+            file.write(chunk)
+        file.flush()
+        on_disk = pool.submit(os.fsync, file.fileno())
+        checksum = 0
+        for chunk in chunks:
+            checksum = zlib.crc32(chunk, checksum)
+        on_disk.result()
+    return FileEntry(size=sum(len(chunk) for chunk in chunks), crc32=checksum)
+
+
+def _text_pieces(content: Any) -> list[bytes]:
+    return [content.encode() if isinstance(content, str) else json.dumps(content).encode()]
+
+
+def _safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file: header length, JSON header, raw tensors; nothing is copied.
+
+    Wide types come first so that every tensor lies on a multiple of its item size, as mapped reads want.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, tensor in ordered:
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[key] = {
+            "dtype": _SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for _, tensor in ordered:
+        raw: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        yield memoryview(raw)
+
+
+def _take_name(temporary: Path, folder: Path) -> None:
+    """Rename the finished folder to its name; one that has the name already steps aside first."""
+    replaced = _hidden_name("replaced", folder)
+    if folder.exists():
+        _remove_tree(replaced)
+        folder.rename(replaced)
+    temporary.rename(folder)
+    _sync_folder(folder.parent)
+    _remove_tree(replaced)
+
+
+def _hidden_name(kind: str, folder: Path) -> Path:
+    return folder.with_name(f".{kind}-{folder.name}-{socket.gethostname()}-{os.getpid()}")
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems have no fsync of folders; their renames are durable in their own way.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _remove_tree(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _describe_failure(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], error: OSError) -> str:
+    message = f"cannot write checkpoint {folder}: {error.strerror or error}"
+    with contextlib.suppress(OSError):
+        needed = sum(t.numel() * t.element_size() for file in tensors.values() for t in file.values())
+        free = shutil.disk_usage(folder.parent).free
+        message += f" ({needed / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free)"
+    return message + "; earlier checkpoints are untouched"
+
+
+# ---- verify and find
+
+
+def verify_checkpoint(folder: Path, *, checksums: bool = True) -> Manifest:
+    """The manifest of a whole checkpoint. Reads every byte unless `checksums` is false (then sizes only).
+
+    Raises CheckpointError that says what is wrong.
+    """
+    manifest = _read_manifest(folder)
+    for name, entry in manifest.files.items():
+        size = _size_of(folder / name)
+        if size != entry.size:
+            raise CheckpointError(f"{folder}: {name} has {size} bytes, its manifest says {entry.size}")
+    if checksums:
+        with ThreadPoolExecutor(4) as pool:
+            sums = list(pool.map(lambda name: _crc32_of_file(folder / name), manifest.files))
+        for (name, entry), found in zip(manifest.files.items(), sums, strict=True):
+            if found != entry.crc32:
+                raise CheckpointError(f"{folder}: {name} is damaged (its checksum differs from the manifest)")
+    return manifest
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a checkpoint folder")
+    try:
+        return Manifest.from_text((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no {MANIFEST}: it is not a whole checkpoint") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: {MANIFEST} is damaged ({error})") from error
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise CheckpointError(f"{path.parent}: {path.name} cannot be read ({error.strerror})") from error
+
+
+def _crc32_of_file(path: Path) -> int:
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    checksum = 0
+    try:
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                checksum = zlib.crc32(buffer[:count], checksum)
+    except OSError as error:
+        raise CheckpointError(f"{path.parent}: {path.name} cannot be read ({error.strerror})") from error
+    return checksum
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """All folders with a checkpoint's name, newest first; those without a readable manifest lead the list."""
+    if not directory.is_dir():
+        return []
+    folders = [path for path in directory.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(folders, key=_age_key, reverse=True)
+
+
+def _age_key(folder: Path) -> tuple[float, int, int]:
+    """Orders by step; at the same step an epoch's folder is newer, being the one that is kept."""
+    kind, number = _parse_name(folder)
+    try:
+        step: float = _read_manifest(folder).step
+    except CheckpointError:
+        step = float("inf")
+    return step, int(kind == "epoch"), number
+
+
+def _parse_name(folder: Path) -> tuple[str, int]:
+    match = _NAME.fullmatch(folder.name)
+    assert match is not None, folder
+    return match[1], int(match[2])
+
+
+def find_latest(directory: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """(newest checkpoint that verifies or None, [(newer folder, why it was passed over)])."""
+    passed_over: list[tuple[Path, str]] = []
+    for folder in list_checkpoints(directory):
+        try:
+            verify_checkpoint(folder)
+            return folder, passed_over
+        except CheckpointError as error:
+            passed_over.append((folder, str(error)))
+    return None, passed_over
+
+
+# ---- rotate and clean
+
+
+def rotate(directory: Path, *, keep_last: int, delete_previous_epochs: bool, keep: Path | None = None) -> list[Path]:
+    """Delete what is no longer wanted; returns the folders deleted.
+
+    Kept are the newest `keep_last` step checkpoints, every epoch (only the newest one if
+    `delete_previous_epochs`), `keep`, the newest that is whole, and everything without a readable
+    manifest: that is a case for a human.
+    """
+    whole = [folder for folder in list_checkpoints(directory) if _is_whole(folder)]
+    steps = [folder for folder in whole if _parse_name(folder)[0] == "step"]
+    epochs = [folder for folder in whole if _parse_name(folder)[0] == "epoch"]
+    unwanted = steps[keep_last:] + (epochs[1:] if delete_previous_epochs else [])
+    unwanted = [folder for folder in unwanted if folder not in (keep, whole[0])]
+    for folder in unwanted:
+        _delete(folder)
+    return unwanted
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        verify_checkpoint(folder, checksums=False)
+        return True
+    except CheckpointError:
+        return False
+
+
+def _delete(folder: Path) -> None:
+    """The name goes first: a kill in the middle leaves nothing that looks like a checkpoint."""
+    doomed = _hidden_name("deleted", folder)
+    _remove_tree(doomed)
+    folder.rename(doomed)
+    _remove_tree(doomed)
+
+
+def clean_leftovers(directory: Path) -> list[Path]:
+    """Undo what killed writers left; returns the folders concerned. Only for the run that owns `directory`.
+
+    A folder that was stepping aside gets its name back if no new one took it; the rest is deleted.
+    Folders of processes alive on this host are left alone.
+    """
+    if not directory.is_dir():
+        return []
+    dead = [path for path in directory.iterdir() if (match := _LEFTOVER.fullmatch(path.name)) and _owner_died(match)]
+    for path in dead:
+        match = _LEFTOVER.fullmatch(path.name)
+        assert match is not None
+        if match[1] == "replaced" and not path.with_name(match[2]).exists():
+            path.rename(path.with_name(match[2]))
+        else:
+            _remove_tree(path)
+    return dead
+
+
+def _owner_died(match: re.Match[str]) -> bool:
+    host, pid = match[3], int(match[4])
+    if host != socket.gethostname() or pid == os.getpid():
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False

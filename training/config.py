@@ -1,0 +1,202 @@
+"""What a run is: frozen, typed sections, one field a flag. Knows no torch, no files, no environment.
+
+Every field becomes a flag of the same name (`clip_grad_norm` -> `--clip-grad-norm`) and a key of the
+YAML file; names are unique over all sections. Names and defaults follow OpenCLIP 3.3.0 where it has
+the feature. Nothing writes to a config: derived numbers live in `training.plan`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def option(default: Any, help: str, *, choices: tuple[str, ...] = (), aliases: tuple[str, ...] = ()) -> Any:
+    """A config field with its help line; `choices` limits the value, `aliases` are further flag names."""
+    metadata = {"help": help, "choices": choices, "aliases": aliases}
+    if isinstance(default, list):
+        raise TypeError("use a tuple as default: configs are immutable")
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where samples come from and how they become tensors."""
+
+    train_data: str | None = option(
+        None, "shards: braces {000..123}, several joined by ::, s3://, https://, pipe:, or a CSV/TSV file"
+    )
+    train_data_upsampling_factors: str | None = option(
+        None, "one factor per :: source, e.g. 1::2; needs --dataset-resampled"
+    )
+    train_num_samples: int | None = option(None, "samples in an epoch; needed where shard sizes are not known")
+    val_data: str | None = option(None, "image-text pairs for retrieval and loss, same forms as --train-data")
+    val_num_samples: int | None = option(None, "number of pairs in --val-data; another count found is an error")
+    dataset_type: str = option("auto", "how to read the data", choices=("auto", "webdataset", "csv", "synthetic"))
+    dataset_resampled: bool = option(False, "draw shards with replacement")
+    csv_separator: str = option("\t", "column separator of a CSV list")
+    csv_img_key: str = option("filepath", "column of image paths")
+    csv_caption_key: str = option("title", "column of captions")
+    caption_key: str = option("txt", "where the caption is: txt, or a field of the sample's json as json:FIELD")
+    workers: int = option(4, "loader processes per rank; 0 loads in the training process")
+    shuffle_budget_mib: int = option(256, "raw bytes each worker may hold for shuffling")
+    max_skip_fraction: float = option(0.1, "stop when a larger share of samples, or of shards, cannot be used")
+    max_image_pixels: int = option(100_000_000, "skip images whose header announces more pixels")
+    preflight: bool = option(True, "read a few samples of a few shards before training and stop if none is valid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    """Preprocessing and augmentation. Unset values come from the model's own configuration."""
+
+    aug_cfg: tuple[str, ...] = option(
+        (),
+        "key=value pairs: scale, ratio, color_jitter, color_jitter_prob, gray_scale_prob, re_prob, re_count, use_timm",
+    )
+    image_mean: tuple[float, ...] = option((), "three channel means")
+    image_std: tuple[float, ...] = option((), "three channel standard deviations")
+    image_interpolation: str | None = option(None, "resize filter", choices=("bicubic", "bilinear"))
+    image_resize_mode: str | None = option(None, "evaluation resize", choices=("shortest", "longest", "squash"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which towers, from which weights, in which precision."""
+
+    model: str = option(
+        "ViT-B-32", "a name of models.list_models(), or a path to a JSON or YAML file in OpenCLIP's schema"
+    )
+    pretrained: str | None = option(
+        None, "weights to start from: checkpoint folder, .safetensors or OpenCLIP .pt, path or URL"
+    )
+    precision: str = option(
+        "amp_bfloat16",
+        "arithmetic of the towers; parameters, normalisation, logits and loss stay fp32",
+        choices=("amp_bfloat16", "amp_bf16", "fp32"),
+    )
+    force_image_size: tuple[int, ...] = option((), "one side or two (height width), instead of the model's own")
+    force_context_length: int | None = option(None, "text positions, instead of the model's own")
+    force_quick_gelu: bool = option(False, "QuickGELU in the native towers, as OpenAI's weights need")
+    force_patch_dropout: float | None = option(None, "share of image tokens dropped in training")
+    grad_checkpointing: bool = option(
+        False, "recompute blocks in the backward pass instead of keeping their activations"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Batch, optimiser, schedule and loss."""
+
+    batch_size: int = option(64, "samples of a rank in one forward pass (micro-batch)")
+    accum_freq: int = option(1, "micro-batches accumulated, exactly, into one optimiser step")
+    epochs: int = option(32, "passes of --train-num-samples")
+    lr: float = option(5e-4, "peak learning rate")
+    beta1: float | None = option(None, "AdamW beta1 (0.9)")
+    beta2: float | None = option(None, "AdamW beta2 (0.98 for ViT, else 0.999)")
+    eps: float | None = option(None, "AdamW epsilon (1e-6 for ViT, else 1e-8)")
+    wd: float = option(0.2, "weight decay of matrices and convolutions")
+    warmup: int = option(10000, "steps of linear warm-up")
+    lr_scheduler: str = option("cosine", "after the warm-up", choices=("cosine", "const", "const-cooldown"))
+    epochs_cooldown: int | None = option(None, "last epochs in which const-cooldown falls")
+    lr_cooldown_end: float = option(0.0, "learning rate at the end of the cooldown")
+    lr_cooldown_power: float = option(1.0, "power of the cooldown's polynomial")
+    skip_scheduler: bool = option(False, "keep --lr throughout")
+    clip_grad_norm: float | None = option(None, "clip the global gradient norm to this", aliases=("--grad-clip-norm",))
+    local_loss: bool = option(True, "stream this rank's rows over all columns; --no-local-loss is the dense reference")
+    gather_with_grad: bool = option(True, "gradients flow through the gather; the loss is exact only so")
+    on_nonfinite: str = option("skip", "a loss or gradient that is not finite", choices=("skip", "stop"))
+    max_nonfinite: int = option(10, "steps in a row that --on-nonfinite skip tolerates")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Name, folder, seed, saving and resuming."""
+
+    name: str | None = option(None, "run name; the folder is <logs>/<name>; made from model and date if absent")
+    logs: str = option(
+        "./logs",
+        "where run folders are (under torchrun use --logs-dir: torchrun takes --logs for one of its own)",
+        aliases=("--logs-dir",),
+    )
+    seed: int = option(0, "initial weights, sample order and random draws follow from it alone")
+    resume: str | None = option(None, "'latest', or a checkpoint folder")
+    save_frequency: int = option(1, "keep a checkpoint every so many epochs; the last one always")
+    save_every_n_steps: int | None = option(None, "a checkpoint between epochs, by steps")
+    save_every_n_minutes: float | None = option(None, "a checkpoint between epochs, by time")
+    keep_last: int = option(2, "step checkpoints kept; those of epochs all stay")
+    delete_previous_checkpoint: bool = option(False, "keep only the newest checkpoint of an epoch")
+    stop_after_steps: int | None = option(None, "save and end after this step of the run, as a preemption would")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is reported, where and how often."""
+
+    report_to: str = option("", "any of wandb, tensorboard (comma-separated), or all; the JSONL is always written")
+    log_every_n_steps: int = option(100, "steps between metric lines")
+    wandb_project_name: str = option("clipyard", "W&B project")
+    wandb_notes: str = option("", "W&B notes")
+    progress: str = option("auto", "console: a bar on a terminal, lines elsewhere", choices=("auto", "bar", "lines"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """How the ranks find each other and share the model."""
+
+    device: str = option("auto", "auto takes CUDA when there is one", choices=("auto", "cuda", "cpu"))
+    dist_backend: str | None = option(None, "nccl on CUDA, gloo on the CPU", choices=("nccl", "gloo"))
+    dist_url: str | None = option(None, "rendezvous as tcp://host:port instead of the environment's")
+    dist_timeout_s: float = option(600.0, "seconds that a collective may take")
+    rendezvous_timeout_s: float = option(120.0, "seconds in which all ranks must have come")
+    ddp_static_graph: bool = option(False, "tell DDP that the graph never changes")
+    torchcompile: bool = option(False, "compile the repeated blocks of both towers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What is measured while training."""
+
+    imagenet_val: str | None = option(None, "ImageNet validation set: one folder per WordNet id")
+    zeroshot_data: tuple[str, ...] = option(
+        (),
+        "name=folder or URL in CLIP_benchmark's layout: shards, classnames.txt, zeroshot_classification_templates.txt",
+    )
+    zeroshot_frequency: int = option(2, "epochs between zero-shot evaluations; the last epoch always; 0 is never")
+    val_frequency: int = option(1, "epochs between passes over --val-data; the last epoch always; 0 is never")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The whole of a run's settings, by section."""
+
+    data: DataConfig = DataConfig()
+    image: ImageConfig = ImageConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    run: RunConfig = RunConfig()
+    log: LogConfig = LogConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    eval: EvalConfig = EvalConfig()
+
+
+def sections() -> dict[str, type]:
+    """Section name -> its dataclass, in the order of `TrainConfig`."""
+    return {f.name: type(f.default) for f in dataclasses.fields(TrainConfig)}
+
+
+def to_flat(config: TrainConfig) -> dict[str, Any]:
+    """Every setting under its flag's name, sections dissolved; the content of a run's `config.yaml`."""
+    flat: dict[str, Any] = {}
+    for name in sections():
+        flat |= dataclasses.asdict(getattr(config, name))
+    return flat
+
+
+def from_flat(values: dict[str, Any]) -> TrainConfig:
+    """The inverse of `to_flat`; absent names keep their defaults. Values must have their final types."""
+    parts = {}
+    for name, section in sections().items():
+        known = {f.name for f in dataclasses.fields(section)}
+        parts[name] = section(**{key: value for key, value in values.items() if key in known})
+    return TrainConfig(**parts)

@@ -1,0 +1,161 @@
+"""The ranks of a run: their session, their agreements, their shared errors. Knows no model and no data.
+
+What one rank finds, all ranks learn before anyone raises: `collectively` and `on_main` are the two ways
+to do rank-dependent work without leaving the others waiting in a collective.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from training.config import ClusterConfig
+from training.errors import EXIT_FAILED, ConfigError, PeerError
+from training.launch import Launch, read_launch
+from training.rollcall import call_roll, open_store
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank's place and its means of agreement. A world of one needs no process group."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    backend: str = "none"
+    launcher: str = "single process"
+    # A gloo group on the host: agreements must neither wait for the GPU's queue nor fill it.
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0, which owns the files of the run."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.size > 1:
+            dist.barrier(group=self.control)  # Collective:
+
+    def all_gather_object(self, value: T) -> list[T]:
+        """Every rank's value, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)  # Collective:
+        return values
+
+    def broadcast_object(self, value: T, src: int = 0) -> T:
+        """Rank `src`'s value on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=src, group=self.control)  # Collective:
+        return box[0]
+
+    def max_int(self, value: int) -> int:
+        """The largest of all ranks' values."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)  # Collective:
+        return int(tensor)
+
+    def any(self, flag: bool) -> bool:
+        """True when any rank says so."""
+        return bool(self.max_int(int(flag)))
+
+    @contextmanager
+    def collectively(self, what: str) -> Iterator[None]:
+        """Run the body on every rank; if any rank raises, all do: the others a PeerError with the same exit code.
+
+        The body must not contain a collective that a failing rank would miss.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as exc:
+            error = exc
+        self._raise_together(error, what)
+
+    def _raise_together(self, error: Exception | None, what: str) -> None:
+        if self.size > 1:
+            own = None if error is None else (str(error) or repr(error), exit_code_of(error))
+            reports = self.all_gather_object(own)
+            if error is None:
+                for rank, report in enumerate(reports):
+                    if report is not None:
+                        raise PeerError(f"{what}: rank {rank}: {report[0]}", report[1])
+        if error is not None:
+            raise error
+
+    def on_main(self, function: Callable[[], T], what: str = "on rank 0") -> T:
+        """Rank 0 calls `function`; all ranks get its result, or its error."""
+        result: T | None = None
+        with self.collectively(what):
+            if self.is_main:
+                result = function()
+        return self.broadcast_object(result)  # type: ignore[return-value]
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The exit code an error carries; 1 for what nobody foresaw."""
+    return getattr(error, "exit_code", EXIT_FAILED)
+
+
+@contextmanager
+def session(cluster: ClusterConfig) -> Iterator[World]:
+    """Join the other ranks and leave them on every path. Raises ConfigError when they do not all come."""
+    launch = read_launch(os.environ)
+    device = _device(cluster, launch)
+    backend = cluster.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
+    world = World(launch.rank, launch.size, launch.local_rank, launch.local_size, device, backend, launch.launcher)
+    if launch.size == 1:
+        yield world
+        return
+    store = open_store(launch, cluster)
+    call_roll(store, launch, cluster.rendezvous_timeout_s)
+    timeout = timedelta(seconds=cluster.dist_timeout_s)
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("clipyard", store),
+        rank=launch.rank,
+        world_size=launch.size,
+        timeout=timeout,
+        device_id=device if backend == "nccl" else None,
+    )
+    try:
+        control = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else dist.group.WORLD
+        yield World(**{**world.__dict__, "control": control})
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(cluster: ClusterConfig, launch: Launch) -> torch.device:
+    wanted = cluster.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cpu":
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    if visible == 0:
+        raise ConfigError("--device cuda, but no GPU is visible; --device cpu trains on the CPU")
+    # Slurm may show each task one GPU only; then every local rank uses index 0.
+    if visible > 1 and launch.local_rank >= visible:
+        raise ConfigError(
+            f"local rank {launch.local_rank}, but {visible} GPUs are visible: tasks per node must equal GPUs"
+        )
+    device = torch.device("cuda", launch.local_rank if visible > 1 else 0)
+    torch.cuda.set_device(device)
+    return device

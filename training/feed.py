@@ -1,0 +1,98 @@
+"""The next batch, or the reason why there is none, agreed by all ranks. Knows the loader, not the model.
+
+One small collective on the host before each step carries everything that one rank may know alone: a signal, a
+deadline, a save that is due by the clock, an error of its loader. So no rank steps while another stops.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from data import Batch, DataError, LoaderStats, Position
+from training.distributed import World
+
+
+class Loader(Protocol):
+    """What the feed needs of a data loader."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+    def position(self) -> Position: ...
+    def stats(self) -> LoaderStats: ...
+    def close(self) -> None: ...
+
+
+class Call(enum.IntEnum):
+    """What a rank says before a step; the largest of all ranks' calls counts."""
+
+    STEP = 0
+    SAVE = 1
+    STOP = 2
+    ERROR = 3
+
+
+class Feed:
+    """Batches on the device; `position` is always that of the last batch handed out."""
+
+    def __init__(self, loader: Loader, world: World, stop_requested: Callable[[], bool]):
+        self._loader = loader
+        self._batches = iter(loader)
+        self._world = world
+        self._stop_requested = stop_requested
+        self._position = loader.position()
+        self.save_requested = False
+        self.data_time_s = 0.0
+
+    def next(self, save_due: bool = False) -> Batch | None:
+        """The next batch, or None when the ranks agreed to stop. `save_requested` then says whether to save first.
+
+        Raises DataError on every rank when one rank's loader failed.
+        """
+        started = time.perf_counter()
+        batch, error = self._take()
+        self.data_time_s = time.perf_counter() - started
+        call = self._agree(error, save_due)
+        if call is Call.ERROR:
+            with self._world.collectively("data"):
+                if error is not None:
+                    raise error
+        self.save_requested = call is Call.SAVE
+        if call is Call.STOP:
+            return None
+        assert batch is not None
+        self._position = self._loader.position()
+        return batch.to(self._world.device, non_blocking=True)
+
+    def _take(self) -> tuple[Batch | None, DataError | None]:
+        try:
+            return next(self._batches), None
+        except DataError as error:
+            return None, error
+
+    def _agree(self, error: DataError | None, save_due: bool) -> Call:
+        own = Call.STEP
+        if error is not None:
+            own = Call.ERROR
+        elif self._stop_requested():
+            own = Call.STOP
+        elif save_due:
+            own = Call.SAVE
+        return Call(self._world.max_int(int(own)))  # Collective:
+
+    def position(self) -> Position:
+        """The whole run's data position behind the last batch handed out, on every rank."""
+        return Position.merge(self._world.all_gather_object(self._position))
+
+    def counts(self) -> dict[str, int]:
+        """Samples and shards that this rank lost so far, in all and by reason, and samples by source."""
+        stats = self._loader.stats()
+        counts = {"skipped_samples": stats.num_skipped, "skipped_shards": stats.failed_shards.total()}
+        counts |= {f"skipped_samples/{reason}": count for reason, count in stats.skipped.items()}
+        counts |= {f"skipped_shards/{reason}": count for reason, count in stats.failed_shards.items()}
+        return counts | {f"samples/{source}": count for source, count in stats.source_samples.items()}
+
+    def close(self) -> None:
+        """End the loader's processes."""
+        self._loader.close()

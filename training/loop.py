@@ -1,0 +1,107 @@
+"""The loop: batch, step, report, save, evaluate, stop. Its collaborators decide how; it decides in which order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from training.config import RunConfig
+from training.feed import Feed
+from training.guard import NonFiniteGuard
+from training.plan import Plan
+from training.report import Reporter
+from training.saving import Saver
+from training.step import TrainStep
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that the loop calls."""
+
+    plan: Plan
+    start_step: int
+    step: TrainStep
+    rate: Callable[[int], float]
+    feed: Feed
+    guard: NonFiniteGuard
+    reporter: Reporter
+    saver: Saver
+    evaluate: Callable[[int], bool]  # by completed steps, at the end of an epoch; False when it was stopped
+    evaluate_first: bool  # the start is the end of an epoch whose evaluation is missing
+    cadence: Cadence
+
+
+class Cadence:
+    """When a checkpoint between epochs is due, by steps or by the clock, and where the run is told to stop."""
+
+    def __init__(self, run: RunConfig, plan: Plan, start_step: int):
+        self._run = run
+        self._plan = plan
+        self._start_step = start_step
+        self._saved_at = time.monotonic()
+
+    def minutes_are_up(self) -> bool:
+        """True when --save-every-n-minutes have passed since the last save. Ranks agree on it in the feed."""
+        minutes = self._run.save_every_n_minutes
+        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+
+    def saves(self, done: int) -> bool:
+        """True when --save-every-n-steps is due after `done` steps."""
+        every = self._run.save_every_n_steps
+        return every is not None and done % every == 0
+
+    def keeps_epoch(self, epoch: int) -> bool:
+        """True when the checkpoint at the end of `epoch` is one to keep."""
+        return epoch % self._run.save_frequency == 0 or epoch == self._plan.epochs
+
+    def stops(self, done: int) -> bool:
+        """True when --stop-after-steps is reached."""
+        return self._run.stop_after_steps is not None and done >= self._run.stop_after_steps
+
+    def saved(self) -> None:
+        """Start the clock anew."""
+        self._saved_at = time.monotonic()
+
+
+def run_loop(job: Job) -> bool:
+    """Train to the end. Returns False when the run was stopped before it, with everything saved."""
+    if job.evaluate_first and not job.evaluate(job.start_step):
+        return False
+    for done in range(job.start_step + 1, job.plan.total_steps + 1):
+        batch = job.feed.next(save_due=job.cadence.minutes_are_up())
+        if batch is None:
+            _save(job, done - 1)
+            return False
+        result = job.step(batch, done - 1, job.rate(done - 1))
+        job.guard.observe(done, result, batch)
+        if job.reporter.step(done, result, job.rate(done - 1), job.feed):
+            job.saver.check()
+        if done == job.start_step + 1:
+            job.saver.reserve()
+        if job.plan.ends_epoch(done):
+            if not _end_epoch(job, done):
+                return False
+        elif job.feed.save_requested or job.cadence.saves(done):
+            _save(job, done)
+        if job.cadence.stops(done) and done < job.plan.total_steps:
+            _save(job, done)
+            return False
+    return True
+
+
+def _end_epoch(job: Job, done: int) -> bool:
+    """Save, then evaluate. False when the evaluation was stopped; it is made up for after the resume."""
+    # Order matters: a kill during a long evaluation must not cost the epoch.
+    if job.cadence.keeps_epoch(job.plan.epoch_of(done)) or job.cadence.saves(done) or job.feed.save_requested:
+        _save(job, done)
+    if job.evaluate(done):
+        return True
+    _save(job, done)
+    return False
+
+
+def _save(job: Job, done: int) -> None:
+    job.guard.settle()
+    job.saver.save(done, job.feed)
+    job.cadence.saved()

@@ -1,0 +1,45 @@
+"""`python -m training.main`: train a CLIP model. Exit codes: 0 done, 75 preempted and saved, 2 configuration, 1 else.
+
+Mistakes on the command line answer before torch is imported; what follows is told in `training.run`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+from training.cli import parse_args
+from training.errors import EXIT_FAILED, PeerError, UserError
+
+log = logging.getLogger("training.main")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, join the other ranks, train, leave. Returns the exit code."""
+    try:
+        config = parse_args(argv)
+        # Heavy imports wait until the command line is known to be right.
+        from training.distributed import session
+        from training.run import train
+
+        with session(config.cluster) as world:
+            return train(config, world)
+    except UserError as error:
+        log.error("error: %s", error)
+        return error.exit_code
+    except PeerError as error:
+        # The rank that met the error has said so itself.
+        log.debug("%s", error)
+        return error.exit_code
+    except OSError as error:
+        # A full disk or a vanished folder; train.log has where it happened.
+        log.error("error: %s", error)
+        return EXIT_FAILED
+    except Exception as error:
+        log.exception("error: %s: not a mistake of yours, please report it", type(error).__name__)
+        return getattr(error, "exit_code", EXIT_FAILED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""From a model to what the step calls: activation checkpointing, then compilation, then DDP.
+
+Order matters: blocks are checkpointed before they are compiled, and compiled inside the wrapper, so that DDP's
+hooks stay outside every compiled graph and parameter names stay those of the plain model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from training.config import ClusterConfig, ModelConfig
+from training.distributed import World
+
+
+def parallelize(model: nn.Module, model_config: ModelConfig, cluster: ClusterConfig, world: World) -> nn.Module:
+    """The module that the training step calls. `model` keeps its parameters and their names."""
+    if model_config.grad_checkpointing:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    if cluster.torchcompile:
+        for block in model.blocks():  # type: ignore[operator]
+            block.compile()
+    if world.size == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[world.device] if world.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        # Only BatchNorm has buffers that training changes; everywhere else a broadcast would be wasted.
+        broadcast_buffers=has_batch_norm(model),
+        static_graph=cluster.ddp_static_graph,
+    )
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The plain model inside whatever `parallelize` put around it."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def without_sync(model: nn.Module) -> AbstractContextManager[None]:
+    """Gradients of backward passes inside stay on this rank, to be summed up by a later one outside."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """True for towers whose forward pass in training mode changes running statistics."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+@contextmanager
+def frozen_batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Forward passes inside leave BatchNorm's running statistics alone: they will be repeated."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    counts = [None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone() for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum, count in zip(norms, momenta, counts, strict=True):
+            norm.momentum = momentum
+            if count is not None:
+                norm.num_batches_tracked.copy_(count)
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
+    """The arithmetic of the towers. Parameters stay fp32; normalisation, logits and loss leave autocast themselves."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision.startswith("amp_bf"))

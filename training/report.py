@@ -1,0 +1,82 @@
+"""From steps to the lines of `metrics.jsonl` and the console. Waits for the device only where a line is due."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from training.console import Console
+from training.distributed import World
+from training.feed import Feed
+from training.metrics import MetricsLog
+from training.plan import Plan
+from training.step import StepResult
+
+
+class Reporter:
+    """Collects what steps leave behind; every `every` steps, all ranks together, it becomes one record."""
+
+    def __init__(self, metrics: MetricsLog | None, console: Console, plan: Plan, world: World, every: int):
+        self._metrics = metrics  # on rank 0 only
+        self._console = console
+        self._plan = plan
+        self._world = world
+        self._every = every
+        self._start_window()
+
+    def _start_window(self) -> None:
+        self._since = time.perf_counter()
+        self._data_time_s = 0.0
+        self._steps = 0
+        self._skipped_steps = 0.0
+
+    def step(self, done: int, result: StepResult, rate: float, feed: Feed) -> bool:
+        """Note one step; True when a record was due, as at the first step and at the end of an epoch too."""
+        self._steps += 1
+        self._data_time_s += feed.data_time_s
+        if done % self._every and not self._plan.ends_epoch(done) and done != 1:
+            self._console.step(done)
+            return False
+        values = self._values(result, rate) | self._data_values(feed)
+        self._record(done, values)
+        self._console.step(done, values)
+        self._start_window()
+        return True
+
+    def evaluation(self, done: int, values: Mapping[str, float]) -> None:
+        """Write the figures of an evaluation; its time does not count as training time."""
+        if values:
+            self._record(done, dict(values))
+            self._console.line(", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        self._start_window()
+
+    def _values(self, result: StepResult, rate: float) -> dict[str, float]:
+        loss = float(result.loss)  # Host sync: every tensor of the record is ready with the first.
+        batch_time = (time.perf_counter() - self._since) / self._steps
+        speed = self._plan.global_batch / batch_time
+        return {
+            "train/loss": loss,
+            "train/contrastive_loss": loss,
+            "train/lr": rate,
+            "train/logit_scale": float(result.scale),
+            "train/grad_norm": float(result.grad_norm),
+            "train/samples_per_second": speed,
+            "train/samples_per_second_per_gpu": speed / self._world.size,
+            "train/data_time": self._data_time_s / self._steps,
+            "train/batch_time": batch_time,
+        }
+
+    def _data_values(self, feed: Feed) -> dict[str, Any]:
+        """Samples and shards lost so far, over all ranks, in all and by reason."""
+        totals: Counter[str] = Counter()
+        for counts in self._world.all_gather_object(feed.counts()):  # Collective:
+            totals.update(counts)
+        return {f"train/{name}": count for name, count in sorted(totals.items())}
+
+    def _record(self, done: int, values: Mapping[str, Any]) -> None:
+        epoch, samples_seen = self._plan.epoch_of(done), done * self._plan.global_batch
+        with self._world.collectively("writing metrics.jsonl"):
+            if self._metrics is not None:
+                self._metrics.write(values, step=done, epoch=epoch, samples_seen=samples_seen)

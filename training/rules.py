@@ -1,0 +1,83 @@
+"""Settings that cannot work together, refused before any work with the reason. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from models.errors import ConfigError
+from training.config import TrainConfig
+
+
+def check_config(config: TrainConfig) -> None:
+    """Raise ConfigError for the first rule that the settings break."""
+    for problem in _problems(config):
+        raise ConfigError(problem)
+
+
+def _problems(config: TrainConfig) -> Iterator[str]:
+    yield from _numbers(config)
+    yield from _loss(config)
+    yield from _data(config)
+    yield from _schedule(config)
+
+
+def _numbers(config: TrainConfig) -> Iterator[str]:
+    positive = {
+        "batch_size": config.optim.batch_size,
+        "accum_freq": config.optim.accum_freq,
+        "epochs": config.optim.epochs,
+        "lr": config.optim.lr,
+        "log_every_n_steps": config.log.log_every_n_steps,
+        "shuffle_budget_mib": config.data.shuffle_budget_mib,
+        "save_frequency": config.run.save_frequency,
+        "train_num_samples": config.data.train_num_samples,
+        "clip_grad_norm": config.optim.clip_grad_norm,
+        "save_every_n_steps": config.run.save_every_n_steps,
+        "save_every_n_minutes": config.run.save_every_n_minutes,
+    }
+    for name, value in positive.items():
+        if value is not None and value <= 0:
+            yield f"--{name.replace('_', '-')} must be positive, got {value}"
+    for name, number in {"workers": config.data.workers, "warmup": config.optim.warmup, "wd": config.optim.wd}.items():
+        if number < 0:
+            yield f"--{name} must not be negative, got {number}"
+    if not 0 <= config.data.max_skip_fraction <= 1:
+        yield f"--max-skip-fraction is a share between 0 and 1, got {config.data.max_skip_fraction}"
+
+
+def _loss(config: TrainConfig) -> Iterator[str]:
+    if not config.optim.gather_with_grad:
+        yield (
+            "--no-gather-with-grad is refused: without the gradient through the gathered features the loss misses "
+            "what other ranks' negatives say, and trains in a wrong direction"
+        )
+    if config.cluster.ddp_static_graph and config.optim.accum_freq > 1:
+        yield (
+            "--ddp-static-graph with --accum-freq > 1 is refused: under a static graph DDP's no_sync silently stops "
+            "synchronising gradients; leave out --ddp-static-graph"
+        )
+
+
+def _data(config: TrainConfig) -> Iterator[str]:
+    data = config.data
+    if data.train_data is None and data.dataset_type != "synthetic":
+        yield "--train-data is missing: shards such as 's3://bucket/{00000..00099}.tar', or --dataset-type synthetic"
+    if data.train_data_upsampling_factors and not data.dataset_resampled:
+        yield "--train-data-upsampling-factors needs --dataset-resampled: factors are frequencies of drawing"
+    if data.dataset_type == "synthetic" and data.train_num_samples is None:
+        yield "--dataset-type synthetic needs --train-num-samples"
+    if data.caption_key != "txt" and not data.caption_key.startswith("json:"):
+        yield f"--caption-key is txt or json:FIELD, got {data.caption_key!r}"
+    if len(config.model.force_image_size) > 2:
+        yield "--force-image-size takes one side, or height and width"
+    for name, values in (("image-mean", config.image.image_mean), ("image-std", config.image.image_std)):
+        if values and len(values) != 3:
+            yield f"--{name} takes three numbers"
+
+
+def _schedule(config: TrainConfig) -> Iterator[str]:
+    optim = config.optim
+    if optim.lr_scheduler == "const-cooldown" and optim.epochs_cooldown is None:
+        yield "--lr-scheduler const-cooldown needs --epochs-cooldown"
+    if optim.epochs_cooldown is not None and not 0 < optim.epochs_cooldown <= optim.epochs:
+        yield f"--epochs-cooldown lies between 1 and --epochs {optim.epochs}, got {optim.epochs_cooldown}"

@@ -1,0 +1,248 @@
+"""The story of a run, in the order a person tells it: folder, plan, model, data, loop, end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+
+import data
+import models
+from training.checkpoint import Checkpointer, LoadedCheckpoint, Progress, StartState, decide_start
+from training.config import TrainConfig, to_flat
+from training.console import Console, logging_to
+from training.distributed import World
+from training.errors import EXIT_DONE, EXIT_PREEMPTED, PeerError, UserError
+from training.evaluation import Evaluator
+from training.feed import Feed
+from training.folder import RunFolder, run_folder
+from training.guard import NonFiniteGuard
+from training.loop import Cadence, Job, run_loop
+from training.metrics import MetricsLog, read_metrics
+from training.plan import Plan, make_plan
+from training.preemption import Preemption
+from training.report import Reporter
+from training.saving import Saver
+from training.schedule import learning_rate
+from training.setup import (
+    Learner,
+    Samples,
+    build_learner,
+    build_transform,
+    describe_model,
+    find_samples,
+    load_start,
+    loader_config,
+    resolve_model,
+    start_progress,
+)
+from training.sinks import SinkSettings, build_trackers, new_wandb_id, parse_report_to
+from training.step import TrainStep
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is settled before anything is built."""
+
+    config: TrainConfig
+    world: World
+    folder: RunFolder
+    start: StartState
+    loaded: LoadedCheckpoint | None
+    model: models.ModelConfig
+    samples: Samples
+    plan: Plan
+    progress: Progress
+
+
+def train(config: TrainConfig, world: World) -> int:
+    """Train as `config` says. Returns the exit code; raises the errors of `training.errors` on all ranks alike."""
+    folder = run_folder(config, world)
+    start = decide_start(world, folder.path, resume=config.run.resume, pretrained=config.model.pretrained)
+    world.on_main(lambda: folder.create(config), "creating the run folder")
+    with logging_to(folder.path, world.rank), errors_noted(), Preemption() as preemption:
+        setting = settle(config, world, folder, start)
+        announce(setting)
+        evaluator = build_evaluator(setting, preemption)
+        if is_complete(setting, evaluator):
+            log.info("the run is complete: nothing to do")
+            return EXIT_DONE
+        learner = build_learner(config, setting.model, start, setting.loaded, world)
+        log.info("model: %s", describe_model(learner.model, config))
+        with open_feed(setting, preemption) as feed, open_job(setting, learner, feed, evaluator) as job:
+            finished = run_loop(job)
+            job.saver.finish()
+        log.info("done" if finished else f"stopped ({preemption.requested() or 'as asked'}), everything is saved")
+    return EXIT_DONE if finished else EXIT_PREEMPTED
+
+
+@contextmanager
+def errors_noted() -> Iterator[None]:
+    """Errors on their way to the console leave a line in train.log too."""
+    try:
+        yield
+    except Exception as error:
+        unforeseen = not isinstance(error, (*UserError, PeerError))
+        log.error("%s: %s", type(error).__name__, error, exc_info=unforeseen, extra={"file_only": True})
+        raise
+
+
+def settle(config: TrainConfig, world: World, folder: RunFolder, start: StartState) -> Setting:
+    """Model, data and numbers of the run, checked against each other. Builds nothing."""
+    model = resolve_model(config)
+    parse_report_to(config.log.report_to)
+    samples = find_samples(config, world)
+    plan = make_plan(config.optim, samples.per_epoch, world.size)
+    loaded = load_start(start, world)
+    return Setting(config, world, folder, start, loaded, model, samples, plan, start_progress(loaded, plan))
+
+
+def announce(setting: Setting) -> None:
+    """The five facts, of which the model's is told when it is built."""
+    world = setting.world
+    means = f", {world.backend}" if world.size > 1 else ""
+    log.info("world: %d %s (%s), %s%s", world.size, "ranks" if world.size > 1 else "rank", world.launcher, world.device, means)
+    log.info("plan: %s", setting.plan)
+    log.info("start: %s", setting.start.reason)
+    log.info("folder: %s", setting.folder.path)
+
+
+def build_evaluator(setting: Setting, preemption: Preemption) -> Evaluator:
+    """Checks the evaluation sets at once, so that a wrong path does not cost an epoch."""
+    config = setting.config
+    return Evaluator(
+        config.eval,
+        config.data,
+        models.get_tokenizer(setting.model),
+        models.InferenceTransform(setting.model.preprocess),
+        setting.world,
+        batch_size=config.optim.batch_size,
+        workers=config.data.workers,
+        should_stop=lambda: preemption.requested() is not None,
+        precision=config.model.precision,
+    )
+
+
+def is_complete(setting: Setting, evaluator: Evaluator) -> bool:
+    """True when nothing is left to train or to evaluate."""
+    return setting.progress.step >= setting.plan.total_steps and not evaluation_missing(setting, evaluator)
+
+
+def evaluation_missing(setting: Setting, evaluator: Evaluator) -> bool:
+    """True when the start is the end of an epoch whose evaluation was cut off."""
+    step, plan = setting.progress.step, setting.plan
+    if step == 0 or not plan.ends_epoch(step):
+        return False
+    if not evaluator.due(plan.epoch_of(step), step >= plan.total_steps):
+        return False
+    return not setting.world.on_main(lambda: _was_evaluated(setting.folder, step))
+
+
+def _was_evaluated(folder: RunFolder, step: int) -> bool:
+    if not folder.metrics.exists():
+        return False
+    records = (record for record in read_metrics(folder.metrics) if record["step"] == step)
+    return any(name.startswith("val/") for record in records for name in record)
+
+
+@contextmanager
+def open_feed(setting: Setting, preemption: Preemption) -> Iterator[Feed]:
+    """Batches from where the run goes on; the loader's processes end with the context."""
+    config, world = setting.config, setting.world
+    settings = loader_config(config, setting.samples, setting.plan, setting.model)
+    tokenizer = models.get_tokenizer(setting.model)
+    if config.data.preflight:
+        report = world.on_main(lambda: data.run_preflight(settings, tokenizer), "--train-data")
+        log.info("data: %s", report)
+    position = data.Position.from_json(setting.loaded.data_position) if setting.loaded else None
+    loader = data.build_train_loader(settings, tokenizer, world.rank, world.size, position)
+    with closing(Feed(loader, world, lambda: preemption.requested() is not None)) as feed:
+        yield feed
+
+
+@contextmanager
+def open_job(setting: Setting, learner: Learner, feed: Feed, evaluator: Evaluator) -> Iterator[Job]:
+    """Everything that the loop calls; files and trackers are closed on every path."""
+    config, world, plan, step = setting.config, setting.world, setting.plan, setting.progress.step
+    wandb_id = (setting.loaded.state.get("wandb_run_id") if setting.loaded else None) or new_wandb_id()
+    with (
+        Console(config.log.progress, plan.total_steps, step, world.is_main) as console,
+        open_metrics(setting, wandb_id) as metrics,
+        open_checkpointer(setting) as checkpointer,
+    ):
+        reporter = Reporter(metrics, console, plan, world, config.log.log_every_n_steps)
+
+        def evaluate(done: int) -> bool:
+            figures = evaluator.evaluate(learner.wrapped, epoch=plan.epoch_of(done), is_last=done >= plan.total_steps)
+            reporter.evaluation(done, figures or {})
+            return figures is not None
+
+        job = Job(
+            plan=plan,
+            start_step=step,
+            step=build_step(setting, learner),
+            rate=lambda done: learning_rate(config.optim, plan, done),
+            feed=feed,
+            guard=NonFiniteGuard(config.optim.on_nonfinite, config.optim.max_nonfinite, world),
+            reporter=reporter,
+            saver=Saver(
+                checkpointer, learner.model, learner.optimizer, config, plan, world, {"wandb_run_id": wandb_id}
+            ),
+            evaluate=evaluate,
+            evaluate_first=evaluation_missing(setting, evaluator),
+            cadence=Cadence(config.run, plan, step),
+        )
+        yield job
+
+
+def open_checkpointer(setting: Setting) -> Checkpointer:
+    """The writer of the run's checkpoints; it cleans up what a killed one left behind."""
+    run, world = setting.config.run, setting.world
+    with world.collectively("opening the checkpoint folder"):
+        return Checkpointer(
+            setting.folder.checkpoints, world, keep_last=run.keep_last, delete_previous=run.delete_previous_checkpoint
+        )
+
+
+@contextmanager
+def open_metrics(setting: Setting, wandb_id: str) -> Iterator[MetricsLog | None]:
+    """The run's metrics file with its trackers behind it, on rank 0 only."""
+    if not setting.world.is_main:
+        yield None
+        return
+    config = setting.config
+    resume_step = setting.progress.step if setting.loaded else None
+    settings = SinkSettings(
+        run_dir=setting.folder.path,
+        run_name=setting.folder.path.name,
+        config=to_flat(config),
+        resume_step=resume_step,
+        wandb_run_id=wandb_id,
+        wandb_project=config.log.wandb_project_name,
+        wandb_notes=config.log.wandb_notes,
+    )
+    with (
+        closing(build_trackers(parse_report_to(config.log.report_to), settings)) as trackers,
+        MetricsLog(setting.folder.path, resume_step, trackers) as metrics,
+    ):
+        yield metrics
+
+
+def build_step(setting: Setting, learner: Learner) -> TrainStep:
+    """The update, with what it needs of the settings."""
+    config = setting.config
+    settings = loader_config(config, setting.samples, setting.plan, setting.model)
+    return TrainStep(
+        model=learner.wrapped,
+        optimizer=learner.optimizer,
+        transform=build_transform(settings, setting.model, setting.world),
+        world=setting.world,
+        seed=config.run.seed,
+        precision=config.model.precision,
+        accum_steps=config.optim.accum_freq,
+        clip_grad_norm=config.optim.clip_grad_norm,
+        local_loss=config.optim.local_loss,
+    )

@@ -1,0 +1,80 @@
+"""What goes into a checkpoint, and when ranks meet for it. Files are `training.checkpoint`'s business."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from training.checkpoint import Checkpointer, Progress, optimizer_to_tensors
+from training.config import TrainConfig, to_flat
+from training.distributed import World
+from training.feed import Feed
+from training.parallel import unwrap
+from training.plan import Plan
+
+
+class Saver:
+    """Collects the state of a run and hands it to the checkpointer; called by all ranks together."""
+
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: TrainConfig,
+        plan: Plan,
+        world: World,
+        extra: dict[str, Any],
+    ):
+        self._checkpointer = checkpointer
+        self._model = unwrap(model)
+        self._optimizer = optimizer
+        self._config = config
+        self._plan = plan
+        self._world = world
+        self._extra = extra
+        self._last_step = -1
+
+    def save(self, done: int, feed: Feed) -> None:
+        """Write the state after `done` steps, once. Raises CheckpointWriteError on all ranks alike."""
+        if done == self._last_step:
+            return
+        position = feed.position()  # Collective:
+        with self._world.collectively("saving a checkpoint"):
+            if self._world.is_main:
+                self._write(done, position.to_json())
+        self._last_step = done
+
+    def reserve(self) -> None:
+        """Take the host memory of a snapshot in the background, once the optimiser's state exists."""
+        if self._world.is_main:
+            self._checkpointer.reserve(self._model.state_dict(), self._optimizer_state())
+
+    def check(self) -> None:
+        """Raise CheckpointWriteError on all ranks alike when a write behind the training has failed."""
+        with self._world.collectively("saving a checkpoint"):
+            self._checkpointer.check()
+
+    def _optimizer_state(self) -> dict[str, torch.Tensor]:
+        return optimizer_to_tensors(self._optimizer, {p: name for name, p in self._model.named_parameters()})
+
+    def _write(self, done: int, position: Any) -> None:
+        epoch = self._plan.epoch_of(done)
+        name = f"epoch_{epoch}" if self._plan.ends_epoch(done) else f"step_{done:09d}"
+        self._checkpointer.save(
+            name,
+            progress=Progress(step=done, epoch=epoch, samples_seen=done * self._plan.global_batch),
+            model_state=self._model.state_dict(),
+            optimizer_state=self._optimizer_state(),
+            data_position=position,
+            config=to_flat(self._config),
+            model_config=self._model.config.to_dict(),
+            extra=self._extra,
+        )
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is on disk. Raises CheckpointWriteError on all ranks alike."""
+        with self._world.collectively("saving a checkpoint"):
+            self._checkpointer.wait()

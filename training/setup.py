@@ -1,0 +1,203 @@
+"""From settings to the objects of a run, one function each. Composes `models` and `data`; owns no loop and no files."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+import data
+import models
+from training.checkpoint import (
+    LoadedCheckpoint,
+    Pretrained,
+    Progress,
+    Resume,
+    StartState,
+    load_checkpoint,
+    load_optimizer_tensors,
+)
+from training.config import TrainConfig
+from training.distributed import World
+from training.errors import ConfigError
+from training.optimizer import build_optimizer
+from training.parallel import parallelize
+from training.plan import Plan
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is known of the training data before any sample is read."""
+
+    catalog: data.Catalog
+    per_epoch: int
+
+
+@dataclass(frozen=True)
+class Learner:
+    """The model, what the step calls of it, and its optimiser."""
+
+    model: models.CLIP
+    wrapped: torch.nn.Module
+    optimizer: torch.optim.AdamW
+
+
+def resolve_model(config: TrainConfig) -> models.ModelConfig:
+    """The model's configuration with every override of the command line in it."""
+    section, image = config.model, config.image
+    return models.config_with(
+        models.load_model_config(section.model),
+        image_size=section.force_image_size,
+        context_length=section.force_context_length,
+        quick_gelu=True if section.force_quick_gelu else None,
+        patch_dropout=section.force_patch_dropout,
+        image_mean=image.image_mean,
+        image_std=image.image_std,
+        image_interpolation=image.image_interpolation,
+        image_resize_mode=image.image_resize_mode,
+    )
+
+
+def load_start(start: StartState, world: World) -> LoadedCheckpoint | None:
+    """The checkpoint to go on from, if any. Its tensors are mapped, not read."""
+    if not isinstance(start, Resume):
+        return None
+    with world.collectively(f"--resume {start.folder}"):
+        return load_checkpoint(start.folder)
+
+
+def start_progress(loaded: LoadedCheckpoint | None, plan: Plan) -> Progress:
+    """Where the run goes on. The step follows from the samples seen, so that another global batch keeps its place."""
+    if loaded is None:
+        return Progress(step=0, epoch=0, samples_seen=0)
+    progress = loaded.progress
+    step = progress.samples_seen // plan.global_batch
+    if step != progress.step:
+        log.info(
+            "the global batch changed: %d samples seen are step %d now, were %d",
+            progress.samples_seen,
+            step,
+            progress.step,
+        )
+    return Progress(step=step, epoch=plan.epoch_of(step), samples_seen=progress.samples_seen)
+
+
+def build_learner(
+    config: TrainConfig,
+    model_config: models.ModelConfig,
+    start: StartState,
+    loaded: LoadedCheckpoint | None,
+    world: World,
+) -> Learner:
+    """Model and optimiser in their start state, equal on all ranks."""
+    torch.manual_seed(config.run.seed)
+    model = models.build_model(model_config).to(world.device)
+    # Only rank 0 reads weights: wrapping the model sends them to the others.
+    with world.collectively("loading weights"):
+        if world.is_main and isinstance(start, Pretrained):
+            _load_pretrained(model, start.source)
+        if world.is_main and loaded is not None:
+            _load_resumed(model, loaded)
+    wrapped = parallelize(model, config.model, config.cluster, world)  # Collective:
+    optimizer = build_optimizer(model, config.optim, model_config.name, model.no_weight_decay())
+    with world.collectively("loading the optimiser's state"):
+        if loaded is not None:
+            names = {parameter: name for name, parameter in model.named_parameters()}
+            load_optimizer_tensors(optimizer, names, loaded.optimizer)
+    return Learner(model, wrapped, optimizer)
+
+
+def _load_pretrained(model: models.CLIP, source: str) -> None:
+    for line in str(models.load_pretrained(model, source)).splitlines():
+        log.info("%s", line)
+
+
+def _load_resumed(model: models.CLIP, loaded: LoadedCheckpoint) -> None:
+    """Strictly, without resizing: what resumes is the same model."""
+    stored, own = loaded.model_config, model.config.to_dict()
+    changed = [key for key in own if stored.get(key) != own[key]]
+    if changed:
+        raise ConfigError(
+            f"--resume {loaded.folder}: the checkpoint's model differs in {', '.join(changed)}; a resume never "
+            "resizes. To start from its weights, use --pretrained and another --name"
+        )
+    model.load_state_dict(loaded.model)
+
+
+def find_samples(config: TrainConfig, world: World) -> Samples:
+    """List and count the training data, on rank 0 for all. Raises DataConfigError or ConfigError."""
+    return world.on_main(lambda: _find_samples(config), "--train-data")
+
+
+def _find_samples(config: TrainConfig) -> Samples:
+    section = config.data
+    catalog = data.open_catalog(
+        section.train_data,
+        section.train_data_upsampling_factors,
+        section.dataset_type,
+        section.train_num_samples,
+        data.CsvConfig(section.csv_separator, section.csv_img_key, section.csv_caption_key),
+        # Drawing with replacement needs no counts, and walking thousands of tars takes minutes.
+        count=not (section.dataset_resampled and section.train_num_samples),
+    )
+    if section.train_num_samples is None and catalog.num_samples is None:
+        raise ConfigError(f"--train-num-samples is needed: {_UNCOUNTED}")
+    if not section.dataset_resampled and catalog.sizes is None:
+        raise ConfigError(
+            f"without --dataset-resampled every sample comes once an epoch, but {_UNCOUNTED}; "
+            "or add --dataset-resampled"
+        )
+    return Samples(catalog, section.train_num_samples or catalog.num_samples or 0)
+
+
+_UNCOUNTED = (
+    "the samples of each shard are not known: no sizes.json or *_stats.json beside them "
+    "(python -m scripts.index_shards writes one)"
+)
+
+
+def loader_config(
+    config: TrainConfig, samples: Samples, plan: Plan, model_config: models.ModelConfig
+) -> data.LoaderConfig:
+    """The data side of the settings, with the numbers that the plan and the model decide."""
+    section, preprocess = config.data, model_config.preprocess
+    height, width = (preprocess.size, preprocess.size) if isinstance(preprocess.size, int) else preprocess.size
+    return data.LoaderConfig(
+        sources=samples.catalog.sources,
+        sizes=samples.catalog.sizes,
+        dataset_type=samples.catalog.dataset_type,
+        resampled=section.dataset_resampled,
+        num_samples=samples.per_epoch,
+        batch_size=plan.rank_batch,
+        workers=section.workers,
+        seed=config.run.seed,
+        image_size=(height, width),
+        interpolation=preprocess.interpolation,
+        aug=data.parse_aug_cfg(config.image.aug_cfg),
+        caption_key=section.caption_key,
+        shuffle_budget_mib=section.shuffle_budget_mib,
+        max_image_pixels=section.max_image_pixels,
+        max_skip_fraction=section.max_skip_fraction,
+        csv_separator=section.csv_separator,
+        csv_img_key=section.csv_img_key,
+        csv_caption_key=section.csv_caption_key,
+    )
+
+
+def build_transform(loader: data.LoaderConfig, model_config: models.ModelConfig, world: World) -> torch.nn.Module:
+    """uint8 pixels to what the model expects, on the device."""
+    preprocess = model_config.preprocess
+    return data.DeviceTransform(preprocess.mean, preprocess.std, loader.aug).to(world.device)
+
+
+def describe_model(model: models.CLIP, config: TrainConfig) -> str:
+    """One line for the console: name, parameters in all and by tower, arithmetic."""
+    total = sum(p.numel() for p in model.parameters())
+    visual = sum(p.numel() for p in model.visual.parameters())
+    return (
+        f"{config.model.model}, {total / 1e6:.2f} M parameters ({visual / 1e6:.2f} M image, "
+        f"{(total - visual) / 1e6:.2f} M text), {config.model.precision}"
+    )

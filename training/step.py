@@ -1,0 +1,125 @@
+"""One optimiser step: micro-batches, exact accumulation, clipping, the finite-or-skip decision.
+
+Knows no files and no cadence. Random numbers of a step are keyed by (seed, step, rank, micro-batch): a resume
+needs no generator state, and a micro-batch can be repeated exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from data import Batch
+from training.distributed import World
+from training.gather import all_reduce_sum
+from training.loss import contrastive_loss
+from training.optimizer import set_learning_rate
+from training.parallel import autocast, frozen_batch_statistics, unwrap, without_sync
+
+# CLIP's bound (Radford et al. 2021, section 2.5): logits are scaled by at most 100.
+MAX_LOG_SCALE = math.log(100)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves behind, on the device: nothing here has been waited for."""
+
+    loss: Tensor  # global mean over ranks, 0-D
+    grad_norm: Tensor  # before clipping, 0-D
+    scale: Tensor  # exponential of the temperature's logarithm, 0-D
+    skipped: Tensor  # 1.0 when loss or gradient was not finite and nothing was updated, 0-D
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """Everything that one update needs; called once a step on every rank."""
+
+    model: nn.Module  # as `parallelize` returns it
+    optimizer: torch.optim.Optimizer
+    transform: nn.Module  # (uint8 images, draws) -> normalised floats
+    world: World
+    seed: int
+    precision: str
+    accum_steps: int
+    clip_grad_norm: float | None
+    local_loss: bool
+
+    def __call__(self, batch: Batch, step: int, rate: float) -> StepResult:
+        """Update the parameters with this rank's `batch` of micro_batch x accum_steps rows."""
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        micro_batches = batch.split(self.accum_steps)
+        loss = self._accumulated(micro_batches, step) if self.accum_steps > 1 else self._single(micro_batches[0], step)
+        return self._update(loss, rate)
+
+    def _single(self, batch: Batch, step: int) -> Tensor:
+        image, text, scale = self._forward(batch, step, 0)
+        loss = self._loss(image, text, scale)
+        loss.backward()
+        return loss.detach()
+
+    def _accumulated(self, batches: list[Batch], step: int) -> Tensor:
+        """Gao et al. 2021, "Scaling deep contrastive learning batch size", section 3, with the draws repeated.
+
+        Features without graph, the gradient of the loss with respect to them once, then every micro-batch again
+        with that gradient. The temperature receives its gradient once, in the pass that synchronises.
+        """
+        with torch.no_grad(), frozen_batch_statistics(self.model):
+            outputs = [self._forward(batch, step, i, through=unwrap(self.model)) for i, batch in enumerate(batches)]
+        image = torch.cat([output[0] for output in outputs]).requires_grad_()
+        text = torch.cat([output[1] for output in outputs]).requires_grad_()
+        scale = outputs[0][2].clone().requires_grad_()
+        loss = self._loss(image, text, scale)
+        loss.backward()
+        image_grads, text_grads = image.grad.chunk(len(batches)), text.grad.chunk(len(batches))  # type: ignore[union-attr]
+        for i, batch in enumerate(batches[:-1]):
+            with without_sync(self.model):
+                again = self._forward(batch, step, i)
+                torch.autograd.backward(again[:2], [image_grads[i], text_grads[i]])
+        last = self._forward(batches[-1], step, len(batches) - 1)
+        torch.autograd.backward(last, [image_grads[-1], text_grads[-1], scale.grad])
+        return loss.detach()
+
+    def _forward(
+        self, batch: Batch, step: int, micro: int, through: Callable[..., tuple[Tensor, ...]] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Features of one micro-batch and the scale, with the random draws that belong to it."""
+        torch.manual_seed(draw_seed(self.seed, step, self.world.rank, micro))
+        images = self.transform(batch.images, batch.draws)
+        with autocast(self.precision, self.world.device):
+            image, text, scale = (through or self.model)(images, batch.tokens)[:3]
+        return image, text, scale
+
+    def _loss(self, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        return contrastive_loss(image, text, scale, local_loss=self.local_loss)
+
+    def _update(self, loss: Tensor, rate: float) -> StepResult:
+        """Clip, update unless something is not finite, clamp the temperature. No host sync."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        grad_norm = get_total_norm([p.grad for p in parameters], foreach=True)
+        # Collective: the mean loss is not finite on every rank as soon as it is on one.
+        mean_loss = all_reduce_sum(loss.clone()) / self.world.size
+        skipped = 1.0 - (torch.isfinite(mean_loss) & torch.isfinite(grad_norm)).float()
+        if self.clip_grad_norm is not None:
+            clip_grads_with_norm_(parameters, self.clip_grad_norm, grad_norm, foreach=True)
+        set_learning_rate(self.optimizer, rate)
+        # The fused kernel leaves parameters and moments alone where found_inf is 1, as it does for a GradScaler.
+        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+        self.optimizer.step()
+        log_scale = unwrap(self.model).logit_scale
+        with torch.no_grad():
+            log_scale.clamp_(0, MAX_LOG_SCALE)
+        return StepResult(mean_loss, grad_norm, log_scale.detach().exp(), skipped)
+
+
+def draw_seed(seed: int, step: int, rank: int, micro: int) -> int:
+    """The generator seed of one micro-batch: equal keys give equal draws on every host and version."""
+    digest = hashlib.blake2b(repr((seed, step, rank, micro)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") & (2**63 - 1)
