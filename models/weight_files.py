@@ -6,6 +6,7 @@ tensors under the names a bare model has. Knows no model.
 
 from __future__ import annotations
 
+import pickle
 import re
 import shutil
 import tempfile
@@ -23,6 +24,9 @@ from models.errors import CheckpointError
 # In a checkpoint folder of ours, and in a repository in OpenCLIP's form.
 _FOLDER_FILES = ("model.safetensors", "open_clip_model.safetensors")
 _FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+# PyTorch's files from before it wrote archives begin with this number, pickled.
+_OLD_PYTORCH_HEAD = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
+_PICKLE_PROTOCOL = pickle.PROTO[0]
 _COPY_BYTES = 16 * 1024 * 1024
 
 
@@ -90,8 +94,10 @@ def _load(path: Path, source: str) -> Any:
     if head[8:9] == b"{":
         return _load_safetensors(path, source, size)
     is_zip = head.startswith(b"PK\x03\x04")
-    if is_zip or head[0] == 0x80:
+    if is_zip or head.startswith(_OLD_PYTORCH_HEAD):
         return _load_pytorch(path, source, size, mmap=is_zip)
+    if head[0] == _PICKLE_PROTOCOL:
+        raise CheckpointError(f"{source} is refused: a plain pickle can run code, and weights need none")
     raise CheckpointError(f"{source} is neither a safetensors nor a PyTorch file (it begins with {head[:8]!r})")
 
 
@@ -110,13 +116,14 @@ def _load_pytorch(path: Path, source: str, size: int, mmap: bool) -> Any:
         with _numpy_numbers_allowed():
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged pickle can raise nearly anything
-        message = str(error)
+        message = str(error) or type(error).__name__
     if "TorchScript" in message:
         raise CheckpointError(f"{source} is a TorchScript archive, which is a program: save its state dict instead")
     refused = re.search(r"(?:GLOBAL|global:?|class:?) ([\w.]+\.[\w.]+)", message)
     if refused:
         raise CheckpointError(f"{source} is refused: reading it would run code ({refused[1]}), and weights need none")
-    raise CheckpointError(_broken(source, size, message))
+    # torch wraps the cause in advice to load the file unsafely.
+    raise CheckpointError(_broken(source, size, message.rsplit("WeightsUnpickler error:", 1)[-1]))
 
 
 def _numpy_numbers_allowed() -> AbstractContextManager[None]:

@@ -44,7 +44,7 @@ def _tell(run: Path) -> None:
     classes, unseen = len(combinations()), len(held_out())
     accuracy, first = figures["val/demo-zeroshot-top1"], "val/{}_R@1".format
     print(
-        f"\nZero-shot accuracy: {accuracy:.1%} of the held-out images; chance is {1 / classes:.1%}, one of {classes} classes."
+        f"\nZero-shot accuracy on held-out images: {accuracy:.1%} (chance {1 / classes:.0%}: one of {classes} classes)."
     )
     print(f"  Training never showed their {unseen} combinations; knowing the colour alone gives {1 / len(SHAPES):.0%}.")
     print(

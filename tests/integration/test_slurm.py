@@ -153,7 +153,7 @@ def test_a_signalled_job_saves_is_requeued_and_finishes(slurm_cluster: SlurmClus
     job_id = _submit(slurm_cluster, "train_8xh100.sbatch", env)
     _signal_when_training(slurm_cluster, job_id, env)
     job = slurm_cluster.wait_end(job_id)
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), _output(env)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), f"{job}\n{_output(env)}\n{slurm_cluster.logs()}"
     assert "preempted and saved: requeue" in _output(env)
     assert _steps(env) == list(range(1, 301))
 

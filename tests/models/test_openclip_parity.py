@@ -49,7 +49,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "timm_head": {"vision_cfg": {"image_size": 64, "timm_model_name": "test_convnext", "timm_proj": ""}},
     "timm_vit": {"vision_cfg": {"image_size": 160, "timm_model_name": "test_vit", "timm_pool": "token"}},
     "timm_attention_pool": {
-        "vision_cfg": {"image_size": 160, "timm_model_name": "test_resnet", "timm_pool": "abs_attn", "timm_proj": ""}
+        "vision_cfg": {"image_size": 160, "timm_model_name": "test_convnext", "timm_pool": "abs_attn", "timm_proj": ""}
     },
     "custom_text": {"vision_cfg": VIT, "custom_text": True},
     "siglip_text": {

@@ -226,7 +226,7 @@ def test_a_file_that_would_run_code_is_refused_and_runs_nothing(build: Build, tm
         torch.save({"state_dict": {"a": torch.zeros(1)}, "extra": _Malicious(mark)}, path)
     else:
         path.write_bytes(pickle.dumps(_Malicious(mark)))
-    with pytest.raises(CheckpointError, match=r"evil\.pt is refused.*system|evil\.pt is truncated or corrupt"):
+    with pytest.raises(CheckpointError, match=r"evil\.pt is refused"):
         load_pretrained(build("tiny-test"), str(path))
     assert not mark.exists()
 

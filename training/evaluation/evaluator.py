@@ -118,7 +118,7 @@ class Evaluator:
         expected = self._data.val_num_samples
         if expected is not None and found["num_samples"] != expected:
             raise DataConfigError(
-                f"--val-num-samples {expected}, but --val-data has {found['num_samples']:.0f} pairs: correct the number "
+                f"--val-num-samples {expected}, but --val-data has {found['num_samples']:.0f} pairs: correct it, "
                 "or find out which shards are missing"
             )
         return {f"val/{key}": value for key, value in found.items()}

@@ -48,9 +48,9 @@ def retrieval(
 ) -> dict[str, float]:
     """{image_to_text,text_to_image}_{R@1,R@5,R@10,mean_rank,median_rank}, clip_val_loss and num_samples of a set.
 
-    Ranks count from 1. Each line of a sample's text is a caption of its image. An image is found when any of its captions is among
-    the nearest k; equal scores rank by their place in the set. batches: this rank's pairs, of up to `batch_size`
-    rows. Collective. Raises DataConfigError for an empty set, Stopped when asked to stop.
+    Ranks count from 1. Each line of a sample's text is a caption of its image. An image is found when any of its
+    captions is among the nearest k; equal scores rank by their place in the set. batches: this rank's pairs, of up
+    to `batch_size` rows. Collective. Raises DataConfigError for an empty set, Stopped when asked to stop.
     """
     world = world or World()
     with evaluating(model, world):
