@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from data.background import DaemonPool
 from data.batch import LaneCursor
 from data.errors import DataConfigError, DataError, ShardError
-from data.order import Order, Segment
+from data.order import Order, Segment, block_samples
 from data.randomness import KeyedRandom
 from data.readers import ShardReader, read_from
 from data.samples import RawSample, SampleId
@@ -79,8 +79,8 @@ class LaneReader:
         Raises DataError after many shards in a row without a single sample.
         """
         block = Block(LaneCursor(block=self._block, cuts=tuple(self._cuts.items())))
-        num_bytes = 0
-        while num_bytes < self._block_bytes:
+        num_bytes, most_samples = 0, block_samples(self._block)
+        while num_bytes < self._block_bytes and len(block.samples) < most_samples:
             raw = self._next_sample(block)
             if raw is None:
                 self._epoch, self._number, self._sample = self._epoch + 1, 0, 0

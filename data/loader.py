@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
@@ -37,6 +38,7 @@ from data.worker import Part, Plan, Tokenize, Worker, run_worker
 
 _PREFLIGHT_CHUNK_BYTES = 1 << 20
 _PREFETCH = 3  # parts that each worker may be ahead
+_REPORT_S = 2.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -167,6 +169,8 @@ class TrainLoader:
             self._processes = [child for child in multiprocessing.active_children() if child not in before]
 
     def _raise_if_worker_died(self, error: BaseException) -> None:
+        # A worker's connection can break before the fork server has reported its end.
+        multiprocessing.connection.wait([process.sentinel for process in self._processes], _REPORT_S)
         for number, process in enumerate(self._processes):
             if not process.is_alive():
                 how = process.exitcode
@@ -254,10 +258,12 @@ def _assemble(parts: list[Part], batch_size: int) -> Batch:
     filled = [part for part in parts if len(part.rows)]
     is_pinned = torch.cuda.is_initialized()
 
-    def scatter(pieces: list[torch.Tensor]) -> torch.Tensor:
-        whole = torch.empty((batch_size, *pieces[0].shape[1:]), dtype=pieces[0].dtype, pin_memory=is_pinned)
+    def scatter(pieces: list[np.ndarray]) -> torch.Tensor:
+        shape = (batch_size, *pieces[0].shape[1:])
+        whole = torch.empty(shape, dtype=torch.from_numpy(pieces[0]).dtype, pin_memory=is_pinned)
+        rows_of_whole = whole.numpy()  # 70 times faster than index_copy_
         for part, piece in zip(filled, pieces, strict=True):
-            whole.index_copy_(0, torch.from_numpy(part.rows), piece)
+            rows_of_whole[part.rows] = piece
         return whole
 
     keys = np.empty(batch_size, dtype=object)
@@ -265,9 +271,9 @@ def _assemble(parts: list[Part], batch_size: int) -> Batch:
     for part in filled:
         keys[part.rows], shards[part.rows] = part.keys, part.shards
     return Batch(
-        images=scatter([part.images for part in filled]),
-        tokens=scatter([torch.from_numpy(part.tokens) for part in filled]),
-        draws={name: scatter([torch.from_numpy(part.draws[name]) for part in filled]) for name in filled[0].draws},
+        images=scatter([part.images.numpy() for part in filled]),
+        tokens=scatter([part.tokens for part in filled]),
+        draws={name: scatter([part.draws[name] for part in filled]) for name in filled[0].draws},
         keys=keys.tolist(),
         shards=shards.tolist(),
     )

@@ -19,6 +19,8 @@ from data.randomness import KeyedRandom
 
 MAX_LANES_PER_RANK = 64
 _FEW_LANES = 16
+_FIRST_BLOCK = 32
+_MAX_BLOCK = 1024
 
 
 def lanes_per_rank(batch_size: int) -> int:
@@ -147,6 +149,15 @@ def block_bytes(budget_mib: int, lanes: int, workers: int) -> int:
     """
     lanes_per_worker = math.ceil(lanes / max(1, min(workers, lanes)))
     return max(1 << 16, (budget_mib << 20) // lanes_per_worker * 3 // 8)
+
+
+def block_samples(number: int) -> int:
+    """The most samples in a lane's block `number`, whatever their bytes.
+
+    The first blocks are small, so that the first batch does not wait for all lanes to fill theirs; the limit
+    keeps sets of small samples from being read over and over before anything of them is used.
+    """
+    return min(_FIRST_BLOCK << min(number, 16), _MAX_BLOCK)
 
 
 def read_ahead_bytes(block: int) -> int:

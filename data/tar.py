@@ -188,8 +188,8 @@ class _Members:
         tail = self._stream.read(padding + _BLOCK)
         self._at += _BLOCK + size + padding
         self._header = tail[padding:]
-        if 0 < len(self._header) < _BLOCK:
-            raise self._cut(self._at + len(self._header))
+        if len(tail) < padding or 0 < len(self._header) < _BLOCK:
+            raise self._cut(self._at - max(0, padding - len(tail)) + len(self._header))
 
     def _verified_kind(self, header: bytes) -> int:
         """The type flag of a header whose checksum is right."""

@@ -150,6 +150,8 @@ def decode(setting: Setting, value: Any) -> Any:
             raise ConfigError(f"expected true or false, got {value!r}")
         return value
     if kind is str:
+        if value == "" and setting.optional:
+            return None
         if not isinstance(value, str):
             raise ConfigError(f"expected text, got {value!r}; quote it")
         if setting.choices and value not in setting.choices:

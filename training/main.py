@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from training.cli import parse_args
 from training.errors import EXIT_FAILED, PeerError, UserError
+from training.preemption import Preemption
 
 log = logging.getLogger("training.main")
 
@@ -19,12 +20,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, join the other ranks, train, leave. Returns the exit code."""
     try:
         config = parse_args(argv)
-        # Heavy imports wait until the command line is known to be right.
-        from training.distributed import session
-        from training.run import train
+        # A signal may come at any time: while torch is imported and while ranks gather, too.
+        with Preemption() as preemption:
+            # Heavy imports wait until the command line is known to be right.
+            from training.distributed import session
+            from training.run import train
 
-        with session(config.cluster) as world:
-            return train(config, world)
+            with session(config.cluster) as world:
+                return train(config, world, preemption)
     except UserError as error:
         log.error("error: %s", error)
         return error.exit_code

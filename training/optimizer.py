@@ -15,6 +15,11 @@ def named_trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
+def parameter_names(model: nn.Module) -> dict[Tensor, str]:
+    """Parameter -> its state-dict name."""
+    return {parameter: name for name, parameter in model.named_parameters()}
+
+
 def is_decayed(name: str, parameter: Tensor, exempt: Collection[str]) -> bool:
     """Matrices and convolutions decay; gains, biases, the temperature and what the model exempts do not."""
     return parameter.ndim >= 2 and name not in exempt

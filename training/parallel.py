@@ -6,6 +6,7 @@ hooks stay outside every compiled graph and parameter names stay those of the pl
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -13,16 +14,24 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from models import CLIP
 from training.config import ClusterConfig, ModelConfig
 from training.distributed import World
 
+# Newer torch renamed the option and warns about the old name.
+_SYNC_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
 
-def parallelize(model: nn.Module, model_config: ModelConfig, cluster: ClusterConfig, world: World) -> nn.Module:
+
+def parallelize(model: CLIP, model_config: ModelConfig, cluster: ClusterConfig, world: World) -> nn.Module:
     """The module that the training step calls. `model` keeps its parameters and their names."""
     if model_config.grad_checkpointing:
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
+        model.set_grad_checkpointing(True)
     if cluster.torchcompile:
-        for block in model.blocks():  # type: ignore[operator]
+        for block in model.blocks():
             block.compile()
     if world.size == 1:
         return model
@@ -30,15 +39,15 @@ def parallelize(model: nn.Module, model_config: ModelConfig, cluster: ClusterCon
         model,
         device_ids=[world.device] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        # Only BatchNorm has buffers that training changes; everywhere else a broadcast would be wasted.
-        broadcast_buffers=has_batch_norm(model),
         static_graph=cluster.ddp_static_graph,
+        # Only BatchNorm has buffers that training changes; everywhere else a broadcast would be wasted.
+        **{_SYNC_BUFFERS: has_batch_norm(model)},  # type: ignore[arg-type]
     )
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> CLIP:
     """The plain model inside whatever `parallelize` put around it."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    return model.module if isinstance(model, DistributedDataParallel) else model  # type: ignore[return-value]
 
 
 def without_sync(model: nn.Module) -> AbstractContextManager[None]:
@@ -56,16 +65,17 @@ def frozen_batch_statistics(model: nn.Module) -> Iterator[None]:
     """Forward passes inside leave BatchNorm's running statistics alone: they will be repeated."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
-    counts = [None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone() for norm in norms]
+    counters = [norm.num_batches_tracked for norm in norms]
+    counts = [None if counter is None else counter.clone() for counter in counters]
     for norm in norms:
         norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm, momentum, count in zip(norms, momenta, counts, strict=True):
+        for norm, momentum, counter, count in zip(norms, momenta, counters, counts, strict=True):
             norm.momentum = momentum
-            if count is not None:
-                norm.num_batches_tracked.copy_(count)
+            if counter is not None and count is not None:
+                counter.copy_(count)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:

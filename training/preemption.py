@@ -7,6 +7,7 @@ that decides alone leaves the others waiting. The loop asks `requested()` and le
 from __future__ import annotations
 
 import logging
+import multiprocessing.resource_tracker
 import os
 import signal
 import threading
@@ -53,6 +54,7 @@ class Preemption:
         # Only the main thread may install handlers; elsewhere the deadline still counts.
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+            _shield_resource_tracker()
         return self
 
     def __exit__(
@@ -69,6 +71,18 @@ class Preemption:
         if number == signal.SIGINT and self._signal == signal.SIGINT:
             raise KeyboardInterrupt
         self._signal = number
+
+
+def _shield_resource_tracker() -> None:
+    """Start multiprocessing's bookkeeper with the signals blocked, which it inherits.
+
+    A cluster signals every process of a job; without it each semaphore of the loader ends in a traceback.
+    """
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        multiprocessing.resource_tracker.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
 
 
 def read_deadline(environment: Mapping[str, str], margin_s: float, now: float) -> tuple[float | None, float | None]:

@@ -58,12 +58,12 @@ class Setting:
     progress: Progress
 
 
-def train(config: TrainConfig, world: World) -> int:
+def train(config: TrainConfig, world: World, preemption: Preemption) -> int:
     """Train as `config` says. Returns the exit code; raises the errors of `training.errors` on all ranks alike."""
     folder = run_folder(config, world)
     start = decide_start(world, folder.path, resume=config.run.resume, pretrained=config.model.pretrained)
     world.on_main(lambda: folder.create(config), "creating the run folder")
-    with logging_to(folder.path, world.rank), errors_noted(), Preemption() as preemption:
+    with logging_to(folder.path, world.rank), errors_noted():
         setting = settle(config, world, folder, start)
         announce(setting)
         evaluator = build_evaluator(setting, preemption)
@@ -103,8 +103,10 @@ def settle(config: TrainConfig, world: World, folder: RunFolder, start: StartSta
 def announce(setting: Setting) -> None:
     """The five facts, of which the model's is told when it is built."""
     world = setting.world
-    means = f", {world.backend}" if world.size > 1 else ""
-    log.info("world: %d %s (%s), %s%s", world.size, "ranks" if world.size > 1 else "rank", world.launcher, world.device, means)
+    if world.size > 1:
+        log.info("world: %d ranks by %s, %s on %s", world.size, world.launcher, world.backend, world.device.type)
+    else:
+        log.info("world: 1 rank (%s), %s", world.launcher, world.device)
     log.info("plan: %s", setting.plan)
     log.info("start: %s", setting.start.reason)
     log.info("folder: %s", setting.folder.path)

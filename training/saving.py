@@ -11,6 +11,7 @@ from training.checkpoint import Checkpointer, Progress, optimizer_to_tensors
 from training.config import TrainConfig, to_flat
 from training.distributed import World
 from training.feed import Feed
+from training.optimizer import parameter_names
 from training.parallel import unwrap
 from training.plan import Plan
 
@@ -58,7 +59,7 @@ class Saver:
             self._checkpointer.check()
 
     def _optimizer_state(self) -> dict[str, torch.Tensor]:
-        return optimizer_to_tensors(self._optimizer, {p: name for name, p in self._model.named_parameters()})
+        return optimizer_to_tensors(self._optimizer, parameter_names(self._model))
 
     def _write(self, done: int, position: Any) -> None:
         epoch = self._plan.epoch_of(done)

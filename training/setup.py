@@ -21,7 +21,7 @@ from training.checkpoint import (
 from training.config import TrainConfig
 from training.distributed import World
 from training.errors import ConfigError
-from training.optimizer import build_optimizer
+from training.optimizer import build_optimizer, parameter_names
 from training.parallel import parallelize
 from training.plan import Plan
 
@@ -105,8 +105,7 @@ def build_learner(
     optimizer = build_optimizer(model, config.optim, model_config.name, model.no_weight_decay())
     with world.collectively("loading the optimiser's state"):
         if loaded is not None:
-            names = {parameter: name for name, parameter in model.named_parameters()}
-            load_optimizer_tensors(optimizer, names, loaded.optimizer)
+            load_optimizer_tensors(optimizer, parameter_names(model), loaded.optimizer)
     return Learner(model, wrapped, optimizer)
 
 

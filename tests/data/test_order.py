@@ -81,8 +81,8 @@ def test_the_order_is_the_same_on_every_machine() -> None:
     assert [dealt.segment(1, 2, number) for number in (0, 1, 2, 3)] == DEALT
 
 
-DRAWN: list[int] = []
-DEALT: list[Segment | None] = []
+DRAWN = [23, 7, 9, 17, 42, 84]
+DEALT = [Segment(5, 8, 9), Segment(0, 0, 3), Segment(4, 0, 5), Segment(1, 0, 1)]
 
 
 @settings(deadline=None)
@@ -123,7 +123,8 @@ def test_dealing_leaves_nothing_out_and_is_even(count: int, parts: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "lanes"), [(1, 1), (2, 2), (7, 7), (48, 48), (64, 64), (80, 40), (256, 64), (320, 64), (134, 67), (131, 131), (1000, 50)]
+    ("batch", "lanes"),
+    [(1, 1), (2, 2), (7, 7), (48, 48), (64, 64), (80, 40), (256, 64), (320, 64), (134, 67), (131, 131), (1000, 50)],
 )
 def test_lanes_divide_the_batch(batch: int, lanes: int) -> None:
     assert lanes_per_rank(batch) == lanes

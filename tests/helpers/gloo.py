@@ -150,10 +150,16 @@ def _describe(rank: _Rank, timeout_s: float) -> str:
     if rank.outcome is None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(rank.process.pid, signal.SIGUSR1)
-            time.sleep(0.3)
+            _wait_for_stacks(rank.log)
         return f"--- rank {rank.index}: no result (limit {timeout_s:g} s)\n{_tail(rank.log)}"
     kind, value = rank.outcome
     return f"--- rank {rank.index}: {value if kind == 'error' else 'finished'}"
+
+
+def _wait_for_stacks(log: Path, timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while "most recent call first" not in _tail(log) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _tail(log: Path, chars: int = 4000) -> str:

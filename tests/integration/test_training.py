@@ -138,7 +138,9 @@ def test_two_ranks_by_torchrun_see_the_same_batches_and_resume_on_one(
 ) -> None:
     """Half the batch on each of two ranks; stopped there and finished on one rank with the whole batch."""
     flags = [*TINY, "--train-data", clean_shards, "--logs", str(tmp_path), "--name", "run"]
-    run_torchrun(2, *flags, "--batch-size", "4", "--workers", "1", "--stop-after-steps", "4").expect(1)  # torchrun's own
+    run_torchrun(2, *flags, "--batch-size", "4", "--workers", "1", "--stop-after-steps", "4").expect(
+        1
+    )  # torchrun's own
     alone = losses(uninterrupted)
     assert losses(tmp_path) == {step: pytest.approx(alone[step], rel=2e-3) for step in range(1, 5)}
     assert run(tmp_path, clean_shards, "--resume", "latest") == 0
@@ -266,7 +268,12 @@ def test_broken_samples_are_skipped_and_counted_by_reason(shards: Shards, tmp_pa
     paths = shards([32, 32], broken=broken)
     assert run(tmp_path, str(paths[0].parent), "--max-skip-fraction", "0.5") == 0
     last = records(tmp_path)[-1]
-    reasons = {key.removeprefix("train/skipped_samples/"): value for key, value in last.items() if key.startswith("train/skipped_samples/")}
+    prefix = "train/skipped_samples/"
+    reasons = {key.removeprefix(prefix): value for key, value in last.items() if key.startswith(prefix)}
+        key.removeprefix("train/skipped_samples/"): value
+        for key, value in last.items()
+        if key.startswith("train/skipped_samples/")
+    }
     assert last["train/skipped_samples"] == sum(reasons.values()) >= 5
     assert set(reasons) == {"undecodable_image", "no_caption", "empty_caption", "empty_image", "no_image"}
 
@@ -294,7 +301,9 @@ def test_shards_that_vanish_end_the_run(shards: Shards, tmp_path: Path, caplog: 
     assert "gone-" in caplog.text
 
 
-def test_the_preflight_stops_a_run_whose_shards_are_all_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_preflight_stops_a_run_whose_shards_are_all_missing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     pipe = f"pipe:cat {tmp_path}/gone-{{0..3}}.tar"
     assert run(tmp_path, pipe, "--dataset-resampled", "--train-num-samples", "64") == 2
     assert "gone-" in caplog.text

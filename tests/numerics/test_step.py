@@ -88,18 +88,19 @@ def test_batch_statistics_are_updated_once_by_an_accumulated_step() -> None:
     assert counts == {2}  # once for each of the two micro-batches
 
 
-def _train(steps: int, accum: int = 1, precision: str = "fp32", name: str = "tiny-test", **cluster: bool) -> tuple[dict[str, Tensor], list[float]]:
+Trained = tuple[dict[str, Tensor], list[float]]  # final weights, loss of each step
+
+
+def _train(steps: int, accum: int = 1, precision: str = "fp32", name: str = "tiny-test", **cluster: bool) -> Trained:
     with session(ClusterConfig(device="cpu")) as world:
         model = _model(name)
         step = _step(model, world, accum=accum, precision=precision, **cluster)
         side = model.visual.image_size[0]
-        losses = [
-            float(step(_rows(_batch(i, side), world.rank, world.size), i, 1e-3).loss) for i in range(steps)
-        ]
+        losses = [float(step(_rows(_batch(i, side), world.rank, world.size), i, 1e-3).loss) for i in range(steps)]
         return {key: value.clone() for key, value in model.state_dict().items()}, losses
 
 
-def _train_static_graph() -> tuple[dict[str, Tensor], list[float]]:
+def _train_static_graph() -> Trained:
     return _train(3, ddp_static_graph=True)
 
 
@@ -169,4 +170,5 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
     side = plain.visual.image_size[0]
     for model in (plain, again):
         _step(model, World())(_batch(0, side), 0, 0.0)
-    _assert_close({k: p.grad for k, p in again.named_parameters()}, {k: p.grad for k, p in plain.named_parameters()}, 1e-6)
+    want = {name: p.grad for name, p in plain.named_parameters()}
+    _assert_close({name: p.grad for name, p in again.named_parameters()}, want, 1e-6)

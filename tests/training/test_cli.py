@@ -129,7 +129,12 @@ def test_a_mistake_on_the_command_line_gets_one_clear_line(argv: list[str], mess
 
 
 def test_help_does_not_import_torch() -> None:
-    code = "import sys; from training.main import main\ntry: main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    code = (
+        "import sys; from training.main import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "--grad-checkpointing" in done.stdout
