@@ -103,11 +103,12 @@ class Worker:
 
     def _part(self, rows: np.ndarray, lanes: Sequence[Lane]) -> Part:
         part = Part(rows, self._new_images(len(rows)), np.zeros((len(rows), 0), np.int64), {})
+        images = part.images.numpy()
         captions: list[str] = []
         draws: list[dict[str, torch.Tensor]] = []
         for row, lane in enumerate(lanes):
             raw, prepared = self._next_good(lane)
-            part.images[row] = prepared.image
+            images[row] = prepared.image.numpy()
             captions.append(prepared.caption)
             draws.append(prepared.draws)
             part.keys.append(raw.key)

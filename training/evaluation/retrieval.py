@@ -161,4 +161,4 @@ def _temperature(model: nn.Module) -> tuple[float, float | None]:
     """Scale and bias of the model's logits."""
     plain = unwrap(model)
     bias = getattr(plain, "logit_bias", None)
-    return float(plain.logit_scale.exp()), None if bias is None else float(bias)  # type: ignore[operator]
+    return float(plain.logit_scale.exp()), None if bias is None else float(bias)
