@@ -163,6 +163,8 @@ class _Members:
                 self._size = 0
             self.skip()
             described, begin = {}, self._at
+        if not header and begin < self._at:  # the file that a long name or pax record describes is missing
+            raise self._cut(self._at)
         return False
 
     def take(self) -> bytes:

@@ -14,6 +14,9 @@ from training.metrics import MetricsLog
 from training.plan import Plan
 from training.step import StepResult
 
+# What the console shows of an evaluation; metrics.jsonl has all of it.
+_SHOWN = ("-top1", "-top5", "R@1", "R@5", "clip_val_loss")
+
 
 class Reporter:
     """Collects what steps leave behind; every `every` steps, all ranks together, it becomes one record."""
@@ -49,7 +52,8 @@ class Reporter:
         """Write the figures of an evaluation; its time does not count as training time."""
         if values:
             self._record(done, dict(values))
-            self._console.line(", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+            shown = {name: value for name, value in values.items() if name.endswith(_SHOWN)}
+            self._console.line("  " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
         self._start_window()
 
     def _values(self, result: StepResult, rate: float) -> dict[str, float]:

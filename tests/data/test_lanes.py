@@ -156,6 +156,52 @@ def test_a_passing_failure_leads_to_neither_repetition_nor_hole_after_a_resume(
     assert {*expected} <= {*before, *after}
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 20), min_size=2, max_size=5),
+    shard=st.integers(0, 4),
+    at=st.integers(0, 20),
+    cut=st.integers(1, 30),
+    block=st.integers(20, 400),
+)
+def test_the_block_in_which_a_shard_broke_goes_on_in_the_same_order(
+    counts: list[int], shard: int, at: int, cut: int, block: int
+) -> None:
+    order = Order(2, 1, len(counts), counts=tuple(counts))
+    broken = {shard % len(counts): at % (counts[shard % len(counts)] + 1)}
+    lane = open_lane(order, FakeReader(counts, broken, once=True), 0, block_bytes=block)
+    take(lane, min(cut, sum(counts) - counts[shard % len(counts)]))
+    cursor = restored(lane.cursor)
+    resumed = open_lane(order, FakeReader(counts), 0, cursor, block)
+    while (sample := lane.next_sample()[0]) and lane.cursor.block == cursor.block:
+        assert resumed.next_sample()[0] == sample
+    resumed.next_sample()
+    assert resumed.cursor.block == lane.cursor.block
+
+
+def test_a_block_resumed_twice_keeps_its_cuts() -> None:
+    order = Order(0, 1, 3, counts=(5, 5, 5))
+    first = open_lane(order, FakeReader([5, 5, 5], {1: 2}, once=True), 0, block_bytes=10**6)
+    whole = take(first, 12)
+    again = open_lane(order, FakeReader([5, 5, 5], {1: 2}, once=True), 0, block_bytes=10**6)
+    cursor = START
+    found: list[SampleId] = []
+    for count in (3, 4, 5):
+        found += take(again, count)
+        cursor = restored(again.cursor)
+        again = open_lane(order, FakeReader([5, 5, 5]), 0, cursor, 10**6)
+    assert found == whole
+    assert cursor.cuts
+    assert again.next_sample()[0].epoch == 1
+
+
+def test_blocks_of_small_samples_grow_from_thirty_two() -> None:
+    lane = LaneReader(Order(0, 1, 1, weights=(1.0,)), FakeReader([10_000]), "0", 0, LaneCursor(), 10**9)
+    assert [len(lane.read_block().samples) for _ in range(4)] == [32, 64, 128, 256]
+    late = LaneReader(Order(0, 1, 1, weights=(1.0,)), FakeReader([10_000]), "0", 0, LaneCursor(block=2), 10**9)
+    assert len(late.read_block().samples) == 128
+
+
 def test_a_lane_whose_shards_are_all_broken_ends_the_run() -> None:
     order = Order(0, 1, 4, weights=(1.0,) * 4)
     with pytest.raises(DataError, match=r"50 shards in a row could not be read; \d: broke \(truncated\)"):

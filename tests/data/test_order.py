@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.order import Order, Segment, block_bytes, deal, lane_range, lanes_per_rank, read_ahead_bytes, schedule_rows
+from data.order import (
+    Order,
+    Segment,
+    block_bytes,
+    block_samples,
+    deal,
+    lane_range,
+    lanes_per_rank,
+    read_ahead_bytes,
+    schedule_rows,
+)
 
 COUNTS = st.lists(st.integers(0, 50), min_size=1, max_size=12).filter(sum)
 
@@ -136,3 +146,15 @@ def test_blocks_and_read_ahead_keep_to_the_budget(budget: int, lanes: int, worke
     per_worker = -(-lanes // max(1, min(workers, lanes)))
     if block >= 3 << 18:
         assert per_worker * (2 * block + 2 * read_ahead_bytes(block)) <= budget << 20
+
+
+def test_blocks_double_their_samples_up_to_a_limit_for_ever() -> None:
+    assert [block_samples(number) for number in range(8)] == [32, 64, 128, 256, 512, 1024, 1024, 1024]
+    assert block_samples(10**9) == 1024
+
+
+def test_the_first_blocks_are_small_and_later_ones_bounded() -> None:
+    limits = [block_samples(number) for number in range(30)]
+    assert limits[0] < limits[1] < limits[2]
+    assert limits == sorted(limits)
+    assert limits[-1] == limits[10]
