@@ -35,7 +35,7 @@ check: $(FULL) ## format, lint, types, quick tests
 	$(RUN) -m mypy
 	@$(MAKE) --no-print-directory quick
 
-torture: $(FULL) ## kills and faults, for a long time
+torture: $(FULL) ## kills and faults, for a long time (KILLS=1000)
 	@$(RUN) -m pytest -m torture $(ARGS)
 
 parity: $(FULL) ## the same numbers as OpenCLIP

@@ -53,10 +53,10 @@ def weights(logs: Path, checkpoint: str = "epoch_2", name: str = "run") -> dict[
     return load_file(logs / name / "checkpoints" / checkpoint / "model.safetensors")
 
 
-def assert_same_end(a: Path, b: Path) -> None:
+def assert_same_end(a: Path, b: Path, checkpoint: str = "epoch_2") -> None:
     """Losses of every step and final weights are bitwise the same."""
     assert losses(a) == losses(b)
-    first, second = weights(a), weights(b)
+    first, second = weights(a, checkpoint), weights(b, checkpoint)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
 
