@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 from data import Batch, DataError, LoaderStats, Position
@@ -36,8 +37,16 @@ class Call(enum.IntEnum):
 class Feed:
     """Batches on the device; `position` is always that of the last batch handed out."""
 
-    def __init__(self, loader: Loader, world: World, stop_requested: Callable[[], bool]):
+    def __init__(
+        self,
+        loader: Loader,
+        world: World,
+        stop_requested: Callable[[], bool],
+        earlier_counts: Mapping[str, int] | None = None,
+    ):
+        """`earlier_counts`: what `counts` said at the checkpoint from which the run goes on."""
         self._loader = loader
+        self._earlier_counts = Counter(earlier_counts or {})
         self._batches = iter(loader)
         self._world = world
         self._stop_requested = stop_requested
@@ -86,13 +95,19 @@ class Feed:
         return Position.merge(self._world.all_gather_object(self._position))
 
     def counts(self) -> dict[str, int]:
-        """Samples and shards that this rank lost so far, in all and by reason, and samples by source."""
-        stats = self._loader.stats()
-        counts = {"skipped_samples": stats.num_skipped, "skipped_shards": stats.failed_shards.total()}
-        counts |= {f"skipped_samples/{reason}": count for reason, count in stats.skipped.items()}
-        counts |= {f"skipped_shards/{reason}": count for reason, count in stats.failed_shards.items()}
-        return counts | {f"samples/{source}": count for source, count in stats.source_samples.items()}
+        """Samples and shards lost in the whole run, in all and by reason, and samples by source; over all ranks."""
+        totals = self._earlier_counts.copy()
+        for counts in self._world.all_gather_object(_flat(self._loader.stats())):  # Collective:
+            totals.update(counts)
+        return dict(sorted(totals.items()))
 
     def close(self) -> None:
         """End the loader's processes."""
         self._loader.close()
+
+
+def _flat(stats: LoaderStats) -> dict[str, int]:
+    counts = {"skipped_samples": stats.num_skipped, "skipped_shards": stats.failed_shards.total()}
+    counts |= {f"skipped_samples/{reason}": count for reason, count in stats.skipped.items()}
+    counts |= {f"skipped_shards/{reason}": count for reason, count in stats.failed_shards.items()}
+    return counts | {f"samples/{source}": count for source, count in stats.source_samples.items()}

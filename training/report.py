@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -73,11 +72,7 @@ class Reporter:
         }
 
     def _data_values(self, feed: Feed) -> dict[str, Any]:
-        """Samples and shards lost so far, over all ranks, in all and by reason."""
-        totals: Counter[str] = Counter()
-        for counts in self._world.all_gather_object(feed.counts()):  # Collective:
-            totals.update(counts)
-        return {f"train/{name}": count for name, count in sorted(totals.items())}
+        return {f"train/{name}": count for name, count in feed.counts().items()}
 
     def _record(self, done: int, values: Mapping[str, Any]) -> None:
         epoch, samples_seen = self._plan.epoch_of(done), done * self._plan.global_batch

@@ -161,7 +161,8 @@ def open_feed(setting: Setting, preemption: Preemption) -> Iterator[Feed]:
         log.info("data: %s", report)
     position = data.Position.from_json(setting.loaded.data_position) if setting.loaded else None
     loader = data.build_train_loader(settings, tokenizer, world.rank, world.size, position)
-    with closing(Feed(loader, world, lambda: preemption.requested() is not None)) as feed:
+    counts = setting.loaded.state.get("counts") if setting.loaded else None
+    with closing(Feed(loader, world, lambda: preemption.requested() is not None, counts)) as feed:
         yield feed
 
 

@@ -42,10 +42,10 @@ class Saver:
         """Write the state after `done` steps, once. Raises CheckpointWriteError on all ranks alike."""
         if done == self._last_step:
             return
-        position = feed.position()  # Collective:
+        position, counts = feed.position(), feed.counts()  # Collective:
         with self._world.collectively("saving a checkpoint"):
             if self._world.is_main:
-                self._write(done, position.to_json())
+                self._write(done, position.to_json(), counts)
         self._last_step = done
 
     def reserve(self) -> None:
@@ -61,7 +61,7 @@ class Saver:
     def _optimizer_state(self) -> dict[str, torch.Tensor]:
         return optimizer_to_tensors(self._optimizer, parameter_names(self._model))
 
-    def _write(self, done: int, position: Any) -> None:
+    def _write(self, done: int, position: Any, counts: dict[str, int]) -> None:
         epoch = self._plan.epoch_of(done)
         name = f"epoch_{epoch}" if self._plan.ends_epoch(done) else f"step_{done:09d}"
         self._checkpointer.save(
@@ -72,7 +72,7 @@ class Saver:
             data_position=position,
             config=to_flat(self._config),
             model_config=self._model.config.to_dict(),
-            extra=self._extra,
+            extra=self._extra | {"counts": counts},
         )
 
     def finish(self) -> None:

@@ -98,6 +98,7 @@ def test_a_run_stopped_inside_an_epoch_and_resumed_equals_the_uninterrupted_one(
     assert (tmp_path / "run" / "checkpoints" / f"step_{stop:09d}").is_dir()
     assert run(tmp_path, clean_shards, "--resume", "latest") == 0
     assert_same_end(uninterrupted, tmp_path)
+    assert records(tmp_path)[-1]["train/samples/shard"] == records(uninterrupted)[-1]["train/samples/shard"] == 96
 
 
 def test_the_number_of_workers_changes_nothing(uninterrupted: Path, clean_shards: str, tmp_path: Path) -> None:
