@@ -29,12 +29,13 @@ def _make(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProc
     python = folder / "fake-python"
     python.write_text(FAKE_PYTHON)
     python.chmod(0o755)
-    # MAKEFLAGS of a `make test` around this test would change the output.
+    # What a `make test` around this test passes on would change the output.
     settings = {
         "CLIPYARD_VENV": str(folder / "venv"),
         "PYTHON": str(python),
         "PIP_EXIT": "0",
         "MAKEFLAGS": "",
+        "MAKELEVEL": "0",
         "ARGS": "",
     }
     return subprocess.run(

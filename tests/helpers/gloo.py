@@ -112,6 +112,8 @@ def _start(index: int, payload: bytes, env: dict[str, str], log: Path) -> _Rank:
 def _body(payload: bytes, env: dict[str, str], log: str, pipe: Connection) -> None:
     os.environ.clear()
     os.environ.update(env)
+    # The fork server may have been started by a loader, with the signals of a job's end blocked.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
     with open(log, "w", buffering=1) as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
