@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from data.batch import LaneCursor, Position
 from data.errors import DataConfigError, DataError, ShardError
 from data.lanes import Block, Lane, LaneReader
 from data.order import Order
+from data.readers import TarReader
 from data.samples import RawSample, SampleId
 
 POOL = DaemonPool(2, "test")
@@ -192,7 +194,29 @@ def test_a_block_resumed_twice_keeps_its_cuts() -> None:
         again = open_lane(order, FakeReader([5, 5, 5]), 0, cursor, 10**6)
     assert found == whole
     assert cursor.cuts
-    assert again.next_sample()[0].epoch == 1
+    block = LaneReader(order, FakeReader([5, 5, 5]), "012", 0, cursor, 10**6).read_block()
+    assert not block.failures  # counted when it broke
+    assert [(one.epoch, one.segment) for one in take(again, 15)].count((1, cursor.cuts[0][0])) == 5
+
+
+def test_a_lane_in_a_tar_resumes_at_the_byte_of_its_block(shards: Callable[..., list[Path]]) -> None:
+    begun: list[int] = []
+
+    class Recorded(TarReader):
+        def read(self, url: str, start: int = 0, stop: int | None = None, offset: int = -1) -> Iterator[RawSample]:
+            begun.append(offset)
+            return super().read(url, start, stop, offset)
+
+    urls = [str(path) for path in shards([100])]
+    order = Order(0, 1, 1, counts=(100,))
+    first = LaneReader(order, Recorded(), urls, 0, START, 10**9)
+    blocks = [first.read_block() for _ in range(2)]
+    cursor = restored(blocks[1].begin)
+    again = LaneReader(order, Recorded(), urls, 0, cursor, 10**9).read_block()
+    assert again.samples == blocks[1].samples
+    assert cursor.sample == 32
+    assert begun == [-1, cursor.offset]
+    assert cursor.offset > 0
 
 
 def test_blocks_of_small_samples_grow_from_thirty_two() -> None:

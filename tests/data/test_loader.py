@@ -215,6 +215,27 @@ def test_an_epoch_is_counted_once_every_lane_is_beyond_it(three_shards: tuple[st
         assert loader.stats().delivered == 7 * 36
 
 
+def test_a_resume_goes_on_with_the_lanes_that_have_given_fewest(three_shards: tuple[str, ...]) -> None:
+    config = config_of(three_shards, sizes=SIZES, batch_size=12)
+    with build(config) as loader:
+        next(loader)
+        position = loader.position()
+    uneven = dataclasses.replace(config, batch_size=7)
+    with build(uneven, position=position) as loader:
+        next(loader)
+        position = loader.position()
+        assert {cursor.taken for cursor in position.cursors.values()} == {1, 2}
+        with build(uneven, position=position) as resumed:
+            for _ in range(4):
+                assert equal(next(loader), next(resumed))
+
+
+def test_a_position_of_other_data_is_refused(three_shards: tuple[str, ...]) -> None:
+    config = config_of(three_shards, sizes=SIZES)
+    with pytest.raises(DataConfigError, match="seed: 0 in the checkpoint, 1 now"):
+        build(dataclasses.replace(config, seed=1), position=build(config).position())
+
+
 def test_too_many_ranks_for_the_lanes_are_refused(three_shards: tuple[str, ...]) -> None:
     config = config_of(three_shards, batch_size=2)
     with pytest.raises(DataConfigError, match="2 lanes cannot be dealt to 3 ranks"):

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import models
-from tests.helpers.process import run_torchrun, start_training
+from tests.helpers.process import run_torchrun, run_training, start_training
 from tests.helpers.shards import cut_tar, write_shards
 from training.main import main
 
@@ -148,6 +148,17 @@ def test_two_ranks_by_torchrun_see_the_same_batches_and_resume_on_one(
     assert sorted(losses(tmp_path)) == list(range(1, 13))
     # Adam's first updates divide by tiny second moments, so rounding differences between world sizes grow a little.
     assert losses(tmp_path) == {step: pytest.approx(alone[step], rel=2e-2) for step in range(1, 13)}
+
+
+@pytest.mark.slow
+def test_compiled_blocks_and_checkpointing_change_no_loss(
+    uninterrupted: Path, clean_shards: str, tmp_path: Path
+) -> None:
+    """In a process of its own: the compiler's warnings are not ours to mend."""
+    flags = [*TINY, "--train-data", clean_shards, "--logs", str(tmp_path), "--name", "run"]
+    run_training(*flags, "--torchcompile", "--grad-checkpointing", "--stop-after-steps", "3", timeout_s=300).expect(75)
+    alone = losses(uninterrupted)
+    assert losses(tmp_path) == {step: pytest.approx(alone[step], rel=1e-3) for step in (1, 2, 3)}
 
 
 def test_a_finished_run_says_so_instead_of_starting_over(
