@@ -86,6 +86,9 @@ class LaneReader:
                 self._epoch, self._number, self._sample = self._epoch + 1, 0, 0
                 if block.samples:
                     break
+                # Cuts name segments of the epoch that has just ended.
+                self._cuts = {}
+                block.begin = block.begin._replace(cuts=())
                 continue
             self._put(block, raw)
             num_bytes += raw.num_bytes
