@@ -44,9 +44,9 @@ class LoaderStats:
         return {
             "skipped_samples": self.num_skipped,
             **{f"skipped_samples/{reason}": count for reason, count in self.skipped.items()},
-            "failed_shards": self.failed_shards.total(),
-            **{f"failed_shards/{kind}": count for kind, count in self.failed_shards.items()},
-            **{f"source/{name}": count for name, count in self.source_samples.items()},
+            "skipped_shards": self.failed_shards.total(),
+            **{f"skipped_shards/{kind}": count for kind, count in self.failed_shards.items()},
+            **{f"samples/{name}": count for name, count in self.source_samples.items()},
         }
 
     def skip(self, reason: str, example: str) -> None:

@@ -130,7 +130,7 @@ class ModifiedResNet(nn.Module):
 def frozen_batch_statistics(module: nn.Module) -> Iterator[None]:
     """Batch norms inside normalise as before but leave their running statistics alone.
 
-    For the recomputation under activation checkpointing, which would otherwise count each batch twice.
+    For a forward pass that is done twice (activation checkpointing, accumulation), which would count each batch twice.
     """
     norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]

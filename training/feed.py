@@ -97,17 +97,10 @@ class Feed:
     def counts(self) -> dict[str, int]:
         """Samples and shards lost in the whole run, in all and by reason, and samples by source; over all ranks."""
         totals = self._earlier_counts.copy()
-        for counts in self._world.all_gather_object(_flat(self._loader.stats())):  # Collective:
+        for counts in self._world.all_gather_object(self._loader.stats().counts()):  # Collective:
             totals.update(counts)
         return dict(sorted(totals.items()))
 
     def close(self) -> None:
         """End the loader's processes."""
         self._loader.close()
-
-
-def _flat(stats: LoaderStats) -> dict[str, int]:
-    counts = {"skipped_samples": stats.num_skipped, "skipped_shards": stats.failed_shards.total()}
-    counts |= {f"skipped_samples/{reason}": count for reason, count in stats.skipped.items()}
-    counts |= {f"skipped_shards/{reason}": count for reason, count in stats.failed_shards.items()}
-    return counts | {f"samples/{source}": count for source, count in stats.source_samples.items()}

@@ -7,8 +7,7 @@ hooks stay outside every compiled graph and parameter names stay those of the pl
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -58,24 +57,6 @@ def without_sync(model: nn.Module) -> AbstractContextManager[None]:
 def has_batch_norm(model: nn.Module) -> bool:
     """True for towers whose forward pass in training mode changes running statistics."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-
-
-@contextmanager
-def frozen_batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Forward passes inside leave BatchNorm's running statistics alone: they will be repeated."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    counters = [norm.num_batches_tracked for norm in norms]
-    counts = [None if counter is None else counter.clone() for counter in counters]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum, counter, count in zip(norms, momenta, counters, counts, strict=True):
-            norm.momentum = momentum
-            if counter is not None and count is not None:
-                counter.copy_(count)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:

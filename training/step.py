@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from data import Batch
+from models.resnet import frozen_batch_statistics
 from training.distributed import World
 from training.gather import all_reduce_sum
 from training.loss import contrastive_loss
 from training.optimizer import set_learning_rate
-from training.parallel import autocast, frozen_batch_statistics, unwrap, without_sync
+from training.parallel import autocast, unwrap, without_sync
 
 # CLIP's bound (Radford et al. 2021, section 2.5): logits are scaled by at most 100.
 MAX_LOG_SCALE = math.log(100)

@@ -260,7 +260,7 @@ def test_broken_samples_are_counted_by_reason_and_replaced(shards: Shards) -> No
     assert counts["skipped_samples/no_image"] == 2
     for reason in ("undecodable_image", "no_caption", "empty_caption", "empty_image"):
         assert counts[f"skipped_samples/{reason}"] == 1
-    assert counts["source/set"] == 74
+    assert counts["samples/set"] == 74
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -91,7 +91,7 @@ def test_counts_are_flat_with_totals_and_reasons() -> None:
         "skipped_samples": 3,
         "skipped_samples/a": 1,
         "skipped_samples/b": 2,
-        "failed_shards": 3,
-        "failed_shards/c": 3,
-        "source/d": 9,
+        "skipped_shards": 3,
+        "skipped_shards/c": 3,
+        "samples/d": 9,
     }
