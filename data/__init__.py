@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from data.device import DeviceTransform
     from data.errors import DataConfigError, DataError, ShardError, StorageError, TarError
     from data.eval_reader import EvalBatch, class_names_of, read_labelled, read_pairs, templates_of
+    from data.files import read_file, write_file
     from data.loader import TrainLoader, build_train_loader, run_preflight
     from data.order import lanes_per_rank
     from data.preflight import PreflightReport, preflight
     from data.samples import RawSample, SampleError, SampleId
+    from data.shard_index import ShardIndex, build_index, index_url
     from data.sizes import count_samples, total_samples
-    from data.stats import LoaderStats
+    from data.stats import LoaderStats, source_epochs
     from data.storage import ByteStream, open_stream, probe
     from data.synthetic import synthetic_shards
     from data.tar import read_samples
@@ -37,12 +39,14 @@ _HOMES = {
     "device": ("DeviceTransform",),
     "errors": ("DataConfigError", "DataError", "ShardError", "StorageError", "TarError"),
     "eval_reader": ("EvalBatch", "class_names_of", "read_labelled", "read_pairs", "templates_of"),
+    "files": ("read_file", "write_file"),
     "loader": ("TrainLoader", "build_train_loader", "run_preflight"),
     "order": ("lanes_per_rank",),
     "preflight": ("PreflightReport", "preflight"),
     "samples": ("RawSample", "SampleError", "SampleId"),
+    "shard_index": ("ShardIndex", "build_index", "index_url"),
     "sizes": ("count_samples", "total_samples"),
-    "stats": ("LoaderStats",),
+    "stats": ("LoaderStats", "source_epochs"),
     "storage": ("ByteStream", "open_stream", "probe"),
     "synthetic": ("synthetic_shards",),
     "tar": ("read_samples",),
@@ -69,16 +73,19 @@ __all__ = [
     "SampleError",
     "SampleId",
     "ShardError",
+    "ShardIndex",
     "Source",
     "StorageError",
     "TarError",
     "TrainLoader",
+    "build_index",
     "build_train_loader",
     "class_names_of",
     "count_samples",
     "csv_shards",
     "dataset_type_of",
     "expand_sources",
+    "index_url",
     "is_local",
     "is_pipe",
     "lanes_per_rank",
@@ -89,13 +96,16 @@ __all__ = [
     "parse_aug_cfg",
     "preflight",
     "probe",
+    "read_file",
     "read_labelled",
     "read_pairs",
     "read_samples",
     "run_preflight",
+    "source_epochs",
     "synthetic_shards",
     "templates_of",
     "total_samples",
+    "write_file",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -48,12 +49,13 @@ class Batch:
 
 
 class LaneCursor(NamedTuple):
-    """How far a lane has come. Its current block begins at sample `sample` of segment `segment` in `epoch`.
+    """How far a lane has come, or in a mixture one of its streams.
 
-    offset: byte of that sample in its shard, -1 if unknown. emitted: raw samples of the block that are gone.
-    taken: rows the lane has given in all. cuts: (segment, stop) of segments that failed while the block was
-    read; reading it again stops at the same sample even if the shard is whole by then, so the same samples
-    make up the block and nothing of it is repeated or lost.
+    Its current block begins at sample `sample` of segment `segment` in `epoch`; offset: byte of that sample in
+    its shard, -1 if unknown. emitted: raw samples of the block that are gone. taken: rows it has given in all.
+    cuts: (segment, stop) of segments that failed while the block was read; reading it again stops at the same
+    sample even if the shard is whole by then, so the same samples make up the block and nothing of it is
+    repeated or lost.
     """
 
     epoch: int = 0
@@ -68,13 +70,17 @@ class LaneCursor(NamedTuple):
 
 @dataclass(frozen=True)
 class Position:
-    """Where some lanes of a run stand, and what they depend on: `fingerprint` describes sources and order."""
+    """Where some lanes of a run stand, and what they depend on: `fingerprint` describes sources and order.
+
+    cursors: by stream (`data.order.streams_of`); without a mixture these are the lanes.
+    """
 
     lanes: int  # of the whole run
     block_bytes: int
     seed: int
     fingerprint: dict[str, str]
     cursors: dict[int, LaneCursor] = field(default_factory=dict)
+    streams: int = 1  # of each lane
 
     @staticmethod
     def merge(positions: Sequence[Position]) -> Position:
@@ -87,9 +93,10 @@ class Position:
             if cursors.keys() & position.cursors.keys():
                 raise ValueError("two ranks hold the same lane")
             cursors |= position.cursors
-        if len(cursors) != first.lanes:
-            raise ValueError(f"{first.lanes - len(cursors)} of {first.lanes} lanes are missing")
-        return Position(first.lanes, first.block_bytes, first.seed, first.fingerprint, dict(sorted(cursors.items())))
+        missing = first.lanes - len(cursors) // first.streams
+        if missing:
+            raise ValueError(f"{missing} of {first.lanes} lanes are missing")
+        return dataclasses.replace(first, cursors=dict(sorted(cursors.items())))
 
     def to_json(self) -> dict[str, Any]:
         """Numbers, strings, lists and dictionaries only."""
@@ -97,22 +104,25 @@ class Position:
             "lanes": self.lanes,
             "block_bytes": self.block_bytes,
             "seed": self.seed,
+            "streams": self.streams,
             "fingerprint": dict(self.fingerprint),
-            "columns": ["lane", *LaneCursor._fields],
+            "columns": ["stream", *LaneCursor._fields],
             "cursors": [
-                [lane, *cursor[:-1], [list(cut) for cut in cursor.cuts]] for lane, cursor in self.cursors.items()
+                [stream, *cursor[:-1], [list(cut) for cut in cursor.cuts]] for stream, cursor in self.cursors.items()
             ],
         }
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> Position:
         """The inverse of `to_json`. DataConfigError for columns that this version does not know."""
-        if value.get("columns") != ["lane", *LaneCursor._fields]:
+        if value.get("columns") != ["stream", *LaneCursor._fields]:
             raise DataConfigError("--resume: the checkpoint's data position was written by another version")
         cursors = {}
-        for lane, *numbers, cuts in value["cursors"]:
-            cursors[lane] = LaneCursor._make([*numbers, tuple((segment, stop) for segment, stop in cuts)])
-        return Position(value["lanes"], value["block_bytes"], value["seed"], dict(value["fingerprint"]), cursors)
+        for stream, *numbers, cuts in value["cursors"]:
+            cursors[stream] = LaneCursor._make([*numbers, tuple((segment, stop) for segment, stop in cuts)])
+        return Position(
+            value["lanes"], value["block_bytes"], value["seed"], dict(value["fingerprint"]), cursors, value["streams"]
+        )
 
     def check(self, config: LoaderConfig) -> None:
         """DataConfigError, naming what differs, if a run of `config` cannot go on from here."""
@@ -127,7 +137,7 @@ class Position:
             raise DataConfigError(f"--resume: the data differ from the checkpoint's ({'; '.join(differing)})")
 
     def _terms(self) -> tuple[Any, ...]:
-        return self.lanes, self.block_bytes, self.seed, self.fingerprint
+        return self.lanes, self.streams, self.block_bytes, self.seed, self.fingerprint
 
 
 def fingerprint_of(config: LoaderConfig) -> dict[str, str]:
@@ -141,6 +151,8 @@ def fingerprint_of(config: LoaderConfig) -> dict[str, str]:
         if config.resampled
         else "none",
         "shard sizes": "unknown" if config.sizes is None else _digest(repr(tuple(config.sizes))),
+        "proportions": ":".join(f"{p:g}" for p in config.proportions) if config.proportions else "none",
+        "--where": config.where or "none",
     }
 
 

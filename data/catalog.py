@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from data.csv_source import CsvConfig, CsvFields, csv_shards
 from data.errors import DataConfigError
+from data.mixture import is_mixture, read_mixture
 from data.sizes import count_samples
 from data.synthetic import synthetic_shards
 from data.urls import Source, dataset_type_of, expand_sources
@@ -23,6 +25,14 @@ class Catalog:
     def num_samples(self) -> int | None:
         """Samples of all shards together, as far as known."""
         return None if self.sizes is None else sum(self.sizes)
+
+    @property
+    def source_sizes(self) -> dict[str, int]:
+        """Samples of each source by its name; empty where they are not known."""
+        if self.sizes is None:
+            return {}
+        counts = iter(self.sizes)
+        return {source.name: sum(itertools.islice(counts, len(source.urls))) for source in self.sources}
 
 
 def open_catalog(
@@ -43,8 +53,17 @@ def open_catalog(
         return Catalog(dataset_type, (source,), sizes)
     if not train_data:
         raise DataConfigError("--train-data is missing: name shards, a CSV list, or choose --dataset-type synthetic")
-    kind = dataset_type_of(train_data) if dataset_type == "auto" else dataset_type
-    sources = expand_sources(train_data, factors)
+    sources = _mixed_sources(train_data, factors) if is_mixture(train_data) else expand_sources(train_data, factors)
+    named = "::".join(source.urls[0] for source in sources) if is_mixture(train_data) else train_data
+    kind = dataset_type_of(named) if dataset_type == "auto" else dataset_type
     if kind == "csv":
         return Catalog(kind, *csv_shards(sources, csv_fields or CsvConfig()))
     return Catalog(kind, sources, count_samples(sources) if count else None)
+
+
+def _mixed_sources(train_data: str, factors: str | None) -> tuple[Source, ...]:
+    if factors is not None:
+        raise DataConfigError(
+            "--train-data-upsampling-factors is for sources joined by ::; in a mixture each has its proportion"
+        )
+    return read_mixture(train_data)

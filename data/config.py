@@ -45,11 +45,22 @@ class LoaderConfig:
     csv_img_key: str = "filepath"
     csv_caption_key: str = "title"
     sizes: tuple[int, ...] | None = None
+    where: str | None = None
 
     @property
     def urls(self) -> tuple[str, ...]:
         """The shards of all sources, one after the other."""
         return tuple(url for source in self.sources for url in source.urls)
+
+    @property
+    def proportions(self) -> tuple[float, ...]:
+        """Shares of the sources in the samples of a mixture, not normalised; () where sources share one order."""
+        return tuple(source.proportion for source in self.sources if source.proportion is not None)
+
+    @property
+    def streams_per_lane(self) -> int:
+        """Streams of a lane: one, or in a mixture one for each source."""
+        return len(self.proportions) or 1
 
     @property
     def shard_sources(self) -> tuple[int, ...]:

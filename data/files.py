@@ -1,11 +1,18 @@
-"""Whole small files and binary file objects on top of `data.storage`: indexes, lists, class names, single pictures."""
+"""Whole small files and binary file objects on top of `data.storage`: indexes, lists, class names, single pictures.
+
+Writing is for scripts: in loader processes nothing is written, and fsspec's clients do not survive a fork.
+"""
 
 from __future__ import annotations
 
 import io
+import os
+import tempfile
 from typing import Any
 
+from data.errors import StorageError
 from data.storage import ByteStream, Retry, open_stream
+from data.urls import is_local, local_path, mask_url
 
 _CHUNK_BYTES = 1 << 20
 _RETRY = Retry(attempts=4)
@@ -24,6 +31,23 @@ def open_binary(url: str, offset: int = 0) -> io.BufferedReader:
     """`url` from byte `offset` on as a buffered binary file without seek; `tell` counts from `offset`."""
     stream = open_stream(url, offset=offset, retry=_RETRY, chunk_bytes=_CHUNK_BYTES, read_ahead=1)
     return io.BufferedReader(_Raw(stream), buffer_size=1 << 17)
+
+
+def write_file(url: str, content: bytes) -> None:
+    """Puts `content` at `url`, whole or not at all. Raises StorageError."""
+    try:
+        if is_local(url):
+            path = local_path(url)
+            with tempfile.NamedTemporaryFile(dir=os.path.dirname(path) or ".", delete=False) as file:
+                file.write(content)
+            os.replace(file.name, path)
+        else:
+            import fsspec
+
+            with fsspec.open(url, "wb") as file:
+                file.write(content)
+    except Exception as error:  # each file system has its own classes for a refusal
+        raise StorageError(mask_url(url), f"cannot be written: {error}") from error
 
 
 class _Raw(io.RawIOBase):

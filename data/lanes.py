@@ -1,20 +1,22 @@
 """One lane as a stream of raw samples: shards opened in the lane's order, shuffled inside blocks of bounded size.
 
-Owns what happens when a shard cannot be read: it is noted and passed over. Knows no pixels, batches or
-workers. Which samples make up a block depends on where it begins alone, so a lane resumes by reading its
-current block again; where a failure cut a block short, the cursor says where (`LaneCursor.cuts`).
+Owns what happens when a shard cannot be read: it is noted and passed over. Samples that a filter does not keep
+never enter a block. In a mixture a lane has one stream for each source. Knows no pixels, batches or workers.
+Which samples make up a block depends on where it begins alone, so a lane resumes by reading its current block
+again; where a failure cut a block short, the cursor says where (`LaneCursor.cuts`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from data.background import DaemonPool
 from data.batch import LaneCursor
 from data.errors import DataConfigError, DataError, ShardError
-from data.order import Order, Segment, block_samples
+from data.order import Mixing, Order, Segment, block_samples
 from data.randomness import KeyedRandom
 from data.readers import ShardReader, read_from
 from data.samples import RawSample, SampleId
@@ -22,6 +24,9 @@ from data.urls import mask_url
 
 _BARREN_LIMIT = 50  # shards in a row without a sample
 _UNREACHABLE_LIMIT = 5  # storage has insisted for a minute on each
+_REJECTED_LIMIT = 100_000  # samples in a row that the filter does not keep
+
+Keeps = Callable[[RawSample], bool]
 
 
 @dataclass(frozen=True)
@@ -40,23 +45,42 @@ class Block:
     begin: LaneCursor
     ids: list[SampleId] = field(default_factory=list)
     samples: list[RawSample | None] = field(default_factory=list)
-    sources: list[int] = field(default_factory=list)  # shard numbers
+    shards: list[int] = field(default_factory=list)  # their numbers
     failures: list[ShardFailure] = field(default_factory=list)
+    filtered: Counter[int] = field(default_factory=Counter)  # samples not kept, by shard number
     num_opened: int = 0  # shards
 
     def permute(self, order: Sequence[int]) -> None:
         """Puts the samples into `order`."""
         self.ids = [self.ids[i] for i in order]
         self.samples = [self.samples[i] for i in order]
-        self.sources = [self.sources[i] for i in order]
+        self.shards = [self.shards[i] for i in order]
 
 
 class LaneReader:
-    """Reads the blocks of lane number `lane` from `cursor` on, one call of `read_block` at a time."""
+    """Reads the blocks of a lane, or of one stream of it, from `cursor` on, one call of `read_block` at a time.
+
+    urls: the shards of `order`, of which the first is shard number `first_shard` among those of all sources.
+    keeps: whether a sample takes part at all; must depend on the sample alone.
+    """
 
     def __init__(
-        self, order: Order, reader: ShardReader, urls: Sequence[str], lane: int, cursor: LaneCursor, block_bytes: int
+        self,
+        order: Order,
+        reader: ShardReader,
+        urls: Sequence[str],
+        lane: int,
+        cursor: LaneCursor,
+        block_bytes: int,
+        *,
+        stream: int | None = None,
+        first_shard: int = 0,
+        keeps: Keeps | None = None,
     ):
+        self._stream = lane if stream is None else stream
+        self._first_shard = first_shard
+        self._keeps = keeps
+        self._num_rejected = 0  # in a row
         self._order = order
         self._reader = reader
         self._urls = urls
@@ -94,8 +118,8 @@ class LaneReader:
             num_bytes += raw.num_bytes
         self._block += 1
         self._cuts = {}
-        key = ("block", self._order.seed, self._lane, block.begin.epoch, block.begin.block)
-        block.permute(KeyedRandom(*key).permutation(len(block.samples)).tolist())
+        key = (self._order.seed, self._lane, block.begin.epoch, block.begin.block, *self._order.salt)
+        block.permute(KeyedRandom("block", *key).permutation(len(block.samples)).tolist())
         return block
 
     def _put(self, block: Block, raw: RawSample) -> None:
@@ -104,9 +128,9 @@ class LaneReader:
             block.begin = block.begin._replace(
                 epoch=self._epoch, segment=self._number, sample=raw.index, offset=raw.offset
             )
-        block.ids.append(SampleId(self._lane, self._epoch, self._number, raw.index))
+        block.ids.append(SampleId(self._stream, self._epoch, self._number, raw.index))
         block.samples.append(raw)
-        block.sources.append(self._segment.shard)
+        block.shards.append(self._first_shard + self._segment.shard)
 
     def _next_sample(self, block: Block) -> RawSample | None:
         """The lane's next sample, beyond whatever shards fail; None at the end of its epoch."""
@@ -127,8 +151,21 @@ class LaneReader:
                 if raw is not None:
                     self._sample = raw.index + 1
                     self._is_barren, self._num_barren = False, 0
-                    return raw
-                self._end_segment(block)
+                    if self._is_kept(block, raw):
+                        return raw
+                else:
+                    self._end_segment(block)
+
+    def _is_kept(self, block: Block, raw: RawSample) -> bool:
+        assert self._segment is not None
+        if self._keeps is None or self._keeps(raw):
+            self._num_rejected = 0
+            return True
+        block.filtered[self._first_shard + self._segment.shard] += 1
+        self._num_rejected += 1
+        if self._num_rejected >= _REJECTED_LIMIT:
+            raise DataError(f"--where keeps none of {self._num_rejected} samples in a row, the last in {raw.shard}")
+        return False
 
     def _open(self, block: Block) -> bool:
         """Begins to read the current segment, unless a cut leaves nothing of it; False at the end of the epoch."""
@@ -179,7 +216,7 @@ class LaneReader:
 
 
 class Lane:
-    """Hands out a lane's raw samples; the next block is read in the background while one is used."""
+    """Hands out the raw samples of a stream; the next block is read in the background while one is used."""
 
     def __init__(self, reader: LaneReader, cursor: LaneCursor, pool: DaemonPool):
         self._reader = reader
@@ -201,7 +238,7 @@ class Lane:
         block.samples[position] = None
         self._emitted += 1
         self._cursor = block.begin._replace(emitted=self._emitted, taken=self._cursor.taken)
-        return block.ids[position], raw, block.sources[position], begun
+        return block.ids[position], raw, block.shards[position], begun
 
     def count_row(self) -> None:
         """Notes that the sample last handed out became a row of a batch."""
@@ -212,9 +249,45 @@ class Lane:
         """Where the lane goes on, as of what was handed out."""
         return self._cursor
 
+    @property
+    def cursors(self) -> list[LaneCursor]:
+        """The cursors of the lane's streams: its only one's."""
+        return [self._cursor]
+
     def _begin_block(self) -> Block:
         self._block = self._ahead.result()
         self._ahead = self._pool.submit(self._reader.read_block)
         self._emitted, self._resumed = min(self._resumed, len(self._block.samples)), 0
         self._block.samples[: self._emitted] = [None] * self._emitted
         return self._block
+
+
+class MixedLane:
+    """Lane number `lane` of a mixture: one `Lane` for each source, of which the one whose turn it is gives the next.
+
+    A sample that turns out unusable is replaced by the next of the same source, so the rows keep the proportions.
+    """
+
+    def __init__(self, lane: int, streams: Sequence[Lane], mixing: Mixing):
+        self._lane = lane
+        self._streams = streams
+        self._mixing = mixing
+        self._row = sum(stream.cursor.taken for stream in streams)
+
+    def next_sample(self) -> tuple[SampleId, RawSample, int, Block | None]:
+        """As `Lane.next_sample`, of the source whose turn it is."""
+        return self._current.next_sample()
+
+    def count_row(self) -> None:
+        """Notes that the sample last handed out became a row of a batch: the turn passes on."""
+        self._current.count_row()
+        self._row += 1
+
+    @property
+    def cursors(self) -> list[LaneCursor]:
+        """The cursors of the lane's streams, in the order of the sources."""
+        return [stream.cursor for stream in self._streams]
+
+    @property
+    def _current(self) -> Lane:
+        return self._streams[self._mixing.stream(self._lane, self._row)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
@@ -28,7 +29,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from data.batch import Batch, LaneCursor, Position, fingerprint_of
 from data.config import LoaderConfig
 from data.errors import DataConfigError, DataError
-from data.order import block_bytes, deal, lanes_per_rank
+from data.order import block_bytes, deal, lanes_per_rank, streams_of
 from data.preflight import PreflightReport, preflight
 from data.prepare import Preparer
 from data.readers import build_reader, with_shards
@@ -52,14 +53,16 @@ def build_train_loader(
     """
     config = with_shards(config)
     _check(config)
+    streams = config.streams_per_lane
     if position is None:
         lanes = lanes_per_rank(config.batch_size) * world_size
         position = Position(
             lanes,
-            block_bytes(config.shuffle_budget_mib, lanes // world_size, config.workers),
+            block_bytes(config.shuffle_budget_mib, lanes // world_size, config.workers, streams),
             config.seed,
             fingerprint_of(config),
-            {lane: LaneCursor() for lane in range(lanes)},
+            {stream: LaneCursor() for stream in range(lanes * streams)},
+            streams,
         )
     else:
         position.check(config)
@@ -91,7 +94,7 @@ class TrainLoader:
     def __init__(self, config: LoaderConfig, tokenize: Tokenize, start: Position, lanes: list[int]):
         self._config = config
         self._start = start
-        self._cursors = {lane: start.cursors[lane] for lane in lanes}
+        self._cursors = {stream: start.cursors[stream] for lane in lanes for stream in streams_of(lane, start.streams)}
         self._stats = LoaderStats()
         self._plan = Plan(config, tokenize, start.lanes, start.block_bytes, dict(self._cursors))
         self._num_workers = min(config.workers, len(lanes))
@@ -114,8 +117,7 @@ class TrainLoader:
 
     def position(self) -> Position:
         """Where this rank's lanes stand after the batches that were taken, whatever workers have prepared since."""
-        start = self._start
-        return Position(start.lanes, start.block_bytes, start.seed, start.fingerprint, dict(self._cursors))
+        return dataclasses.replace(self._start, cursors=dict(self._cursors))
 
     def stats(self) -> LoaderStats:
         """Counts since this loader began, of what the batches taken cost."""

@@ -3,11 +3,16 @@
 A run has C lanes, fixed at its start. A lane is an endless sequence of segments (pieces of shards): drawn
 with replacement, or, per epoch, its range of the shards in a seeded permutation. Lanes are dealt to ranks
 and workers in contiguous runs; which lane gives the next row of a batch follows from what each has given.
+
+In a mixture with proportions every lane has a stream of its own for each source, with an `Order` of that
+source alone; which stream gives the lane's next row again follows from what each has given.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +26,9 @@ MAX_LANES_PER_RANK = 64
 _FEW_LANES = 16
 _FIRST_BLOCK = 32
 _MAX_BLOCK = 1024
+_PLASTIC = 1.32471795724474602596  # the real root of x^3 = x + 1
+_TURN = 1 << 64
+_LANE_STEP, _ROW_STEP = int(_TURN / _PLASTIC), int(_TURN / _PLASTIC**2)
 
 
 def lanes_per_rank(batch_size: int) -> int:
@@ -60,6 +68,40 @@ def schedule_rows(taken: np.ndarray, num_rows: int) -> np.ndarray:
     return np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
 
 
+def streams_of(lane: int, num_streams: int) -> range:
+    """The streams of a lane: with one stream a lane they have the lanes' numbers."""
+    return range(lane * num_streams, (lane + 1) * num_streams)
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """Which stream of a lane gives its next row, when streams have `proportions` (positive, of any sum).
+
+    Row r of lane l takes the point start + l a + r b (mod 1) of an additive recurrence, and the stream on whose
+    share of [0, 1) the point lies. With a and b from the plastic number (M. Roberts, "The unreasonable
+    effectiveness of quasirandom sequences", 2018) the points of one lane, and those of one row of all lanes, lie
+    evenly: counts keep within a few rows of the proportions over a lane's rows as over a batch.
+    """
+
+    seed: int
+    proportions: tuple[float, ...]
+
+    def stream(self, lane: int, row: int) -> int:
+        """The stream for the lane's row number `row`."""
+        point = (self._start + lane * _LANE_STEP + row * _ROW_STEP) % _TURN
+        return min(bisect.bisect_right(self._ends, point), len(self.proportions) - 1)
+
+    @functools.cached_property
+    def _start(self) -> int:
+        return int(KeyedRandom("mixing", self.seed).words(1)[0])
+
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        """Upper ends of the streams' shares, in parts of `_TURN`."""
+        total = math.fsum(self.proportions)
+        return [int(end / total * _TURN) for end in itertools.accumulate(self.proportions)]
+
+
 class Segment(NamedTuple):
     """Samples `start` to `stop` (None: all there are) of shard number `shard`."""
 
@@ -74,6 +116,7 @@ class Order:
 
     weights: of each shard, for drawing with replacement; None: every sample of an epoch once.
     counts: samples of each shard; None where unknown: then whole shards take the place of samples.
+    salt: tells the orders of a mixture's sources apart.
     """
 
     seed: int
@@ -81,6 +124,7 @@ class Order:
     num_shards: int
     weights: tuple[float, ...] | None = None
     counts: tuple[int, ...] | None = None
+    salt: tuple[int, ...] = ()
 
     def segment(self, lane: int, epoch: int, number: int) -> Segment | None:
         """The lane's segment `number` in `epoch`; None when its epoch ends before. Drawing never ends."""
@@ -98,7 +142,7 @@ class Order:
         return Segment(shard, max(start, begin) - begin, min(stop, int(table.ends[position])) - begin)
 
     def _drawn(self, lane: int, number: int) -> Segment:
-        random = KeyedRandom("draw", self.seed, lane, number)
+        random = KeyedRandom("draw", self.seed, lane, number, *self.salt)
         shard = int(np.searchsorted(_cumulative(self), random.uniform(), side="right"))
         start = 0
         if number == 0 and self.counts is not None and self.num_shards < 4 * self.num_lanes:
@@ -114,7 +158,7 @@ class _Table(NamedTuple):
 
 @functools.lru_cache(maxsize=4)
 def _table(order: Order, epoch: int) -> _Table:
-    shards = KeyedRandom("shards", order.seed, epoch).permutation(order.num_shards)
+    shards = KeyedRandom("shards", order.seed, epoch, *order.salt).permutation(order.num_shards)
     counts = np.ones(order.num_shards, np.int64) if order.counts is None else np.asarray(order.counts, np.int64)
     shards = shards[counts[shards] > 0]
     return _Table(shards, np.cumsum(counts[shards]))
@@ -141,14 +185,14 @@ def lane_range(num_samples: int, num_lanes: int, lane: int, epoch: int) -> tuple
     return start, start + base + (turn < extra)
 
 
-def block_bytes(budget_mib: int, lanes: int, workers: int) -> int:
-    """Raw bytes that a lane collects and shuffles at a time.
+def block_bytes(budget_mib: int, lanes: int, workers: int, streams: int = 1) -> int:
+    """Raw bytes that a stream collects and shuffles at a time, of the `lanes` of a rank with `streams` each.
 
-    A worker holds, of each of its lanes, one block being used, one being read and what storage fetched
-    ahead (`read_ahead_bytes`): 3/8, 3/8 and 2/8 of the lane's share of the worker's budget.
+    A worker holds, of each of its streams, one block being used, one being read and what storage fetched
+    ahead (`read_ahead_bytes`): 3/8, 3/8 and 2/8 of the stream's share of the worker's budget.
     """
     lanes_per_worker = math.ceil(lanes / max(1, min(workers, lanes)))
-    return max(1 << 16, (budget_mib << 20) // lanes_per_worker * 3 // 8)
+    return max(1 << 16, (budget_mib << 20) // (lanes_per_worker * streams) * 3 // 8)
 
 
 def block_samples(number: int) -> int:

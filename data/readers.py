@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import itertools
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from typing import Protocol
 
 from data.config import LoaderConfig
-from data.errors import DataConfigError
+from data.errors import DataConfigError, TarError
 from data.samples import RawSample
+from data.shard_index import Entry, Indexes
 from data.storage import CHUNK_BYTES, Retry, open_stream
 from data.tar import read_samples
 
@@ -27,14 +30,43 @@ class TarReader:
         self._chunk_bytes = chunk_bytes
         self._read_ahead = read_ahead
         self._retry = retry
+        self._indexes = Indexes()
 
     def read(self, url: str, start: int = 0, stop: int | None = None, offset: int = -1) -> Iterator[RawSample]:
-        """See `ShardReader.read`. `offset`, where known, is the byte of sample `start`: what precedes is not read."""
-        first = start if offset >= 0 else 0
+        """See `ShardReader.read`. `offset`, where known, is the byte of sample `start`: what precedes is not read.
+
+        Where it is not known, an index beside the shard may know a byte near it.
+        """
+        if offset >= 0:
+            return self._read(url, start, stop, start, offset)
+        entry = self._indexes.before(url, start) if start else None
+        return self._read(url, start, stop) if entry is None else self._read_indexed(url, start, stop, entry)
+
+    def _read(
+        self, url: str, start: int, stop: int | None, first: int = 0, offset: int = 0
+    ) -> Generator[RawSample, None, None]:
+        """From byte `offset` on, at which sample number `first` begins."""
         with open_stream(
-            url, offset=max(0, offset), retry=self._retry, chunk_bytes=self._chunk_bytes, read_ahead=self._read_ahead
+            url, offset=offset, retry=self._retry, chunk_bytes=self._chunk_bytes, read_ahead=self._read_ahead
         ) as stream:
             yield from read_samples(stream, url, start, stop, first=first)
+
+    def _read_indexed(self, url: str, start: int, stop: int | None, entry: Entry) -> Iterator[RawSample]:
+        """From `entry` on, unless another sample is there than the index says: then the index is of another shard."""
+        with closing(self._read(url, entry.number, stop, entry.number, entry.offset)) as samples:
+            first = _first_of(samples)
+            if first is not None and first.key == entry.key:
+                yield from (raw for raw in itertools.chain([first], samples) if raw.index >= start)
+                return
+        yield from self._read(url, start, stop)
+
+
+def _first_of(samples: Iterator[RawSample]) -> RawSample | None:
+    """The first sample; None where there is none, or no tar."""
+    try:
+        return next(samples, None)
+    except TarError:
+        return None
 
 
 def read_from(reader: ShardReader, url: str, start: int, stop: int | None, offset: int) -> Iterator[RawSample]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 class SampleId(NamedTuple):
     """Where a sample stands in a run's order: enough to key its random draws and to find it again."""
 
-    lane: int
+    stream: int  # the lane, where sources share one order; see `data.order.streams_of`
     epoch: int
     segment: int
     sample: int  # number in the shard

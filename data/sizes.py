@@ -1,7 +1,8 @@
 """How many samples each shard holds, as far as that is known without reading pictures.
 
 Sources of knowledge, in this order: `sizes.json` ({shard name: samples}, OpenCLIP's) in the shard's folder,
-img2dataset's `<shard>_stats.json` beside it, and for local tars a walk over their headers.
+img2dataset's `<shard>_stats.json` and our own `<shard>_index.json` beside it, and for local tars a walk over
+their headers.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from data.errors import ShardError, StorageError
 from data.files import read_file
+from data.shard_index import read_index
 from data.storage import Retry, open_stream
 from data.tar import count_tar_samples
 from data.urls import Source, is_local, is_pipe, local_path
@@ -67,6 +69,9 @@ def _count_one(url: str) -> int | None:
     stats = _read_json(_join(folder, f"{name.removesuffix('.tar')}_stats.json"))
     if isinstance(stats, dict) and _is_count(stats.get("successes")):
         return int(stats["successes"])
+    index = read_index(url)
+    if index is not None:
+        return index.samples
     return _walk(url) if is_local(url) else None
 
 

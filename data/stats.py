@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from data.errors import DataError
@@ -22,6 +23,8 @@ class LoaderStats:
     opened_shards: int = 0
     failed_shards: Counter[str] = field(default_factory=Counter)  # by kind
     source_samples: Counter[str] = field(default_factory=Counter)  # delivered, by source
+    source_skipped: Counter[str] = field(default_factory=Counter)  # samples that cannot be used, by source
+    source_filtered: Counter[str] = field(default_factory=Counter)  # samples that --where does not keep, by source
     examples: dict[str, str] = field(default_factory=dict)
     epochs: int = 0  # finished by every lane of this rank; 0 when drawing with replacement
 
@@ -32,6 +35,8 @@ class LoaderStats:
         self.opened_shards += other.opened_shards
         self.failed_shards += other.failed_shards
         self.source_samples += other.source_samples
+        self.source_skipped += other.source_skipped
+        self.source_filtered += other.source_filtered
         self.examples = other.examples | self.examples
 
     @property
@@ -47,17 +52,39 @@ class LoaderStats:
             "skipped_shards": self.failed_shards.total(),
             **{f"skipped_shards/{kind}": count for kind, count in self.failed_shards.items()},
             **{f"samples/{name}": count for name, count in self.source_samples.items()},
+            **{f"skips/{name}": count for name, count in self.source_skipped.items()},
+            **({"filtered_samples": self.source_filtered.total()} if self.source_filtered else {}),
+            **{f"filtered/{name}": count for name, count in self.source_filtered.items()},
         }
 
-    def skip(self, reason: str, example: str) -> None:
-        """Counts a sample that cannot be used."""
+    def deliver(self, source: str) -> None:
+        """Counts a sample of `source` that became a row of a batch."""
+        self.delivered += 1
+        self.source_samples[source] += 1
+
+    def skip(self, reason: str, example: str, source: str) -> None:
+        """Counts a sample of `source` that cannot be used."""
         self.skipped[reason] += 1
+        self.source_skipped[source] += 1
         self.examples.setdefault(reason, example)
 
     def fail(self, kind: str, example: str) -> None:
         """Counts a shard that cannot be read."""
         self.failed_shards[kind] += 1
         self.examples.setdefault(f"shard {kind}", example)
+
+
+def source_epochs(counts: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, float]:
+    """How often each source has been gone through: samples used, lost and not kept, by its size.
+
+    counts: as `LoaderStats.counts` gives them, of all ranks. sizes: samples of each source, where known.
+    """
+    kinds = ("samples", "skips", "filtered")
+    return {
+        f"epochs/{name}": sum(counts.get(f"{kind}/{name}", 0) for kind in kinds) / size
+        for name, size in sizes.items()
+        if size
+    }
 
 
 def check_skip_fraction(stats: LoaderStats, max_fraction: float) -> None:

@@ -50,9 +50,18 @@ def read_samples(
             return
 
 
+def walk_samples(stream: ByteStream, shard: str) -> Iterator[tuple[str, int]]:
+    """Key and offset (-1 in a compressed tar) of each sample that `read_samples` would yield. Same errors.
+
+    Contents are passed over, so that only headers are read where the stream can skip.
+    """
+    for run in _runs(_Members(stream, shard), sys.maxsize):
+        yield run.key.decode("utf-8", "replace"), run.offset
+
+
 def count_tar_samples(stream: ByteStream, shard: str) -> int:
     """How many samples `read_samples` would yield, from the headers alone where the stream can skip. Same errors."""
-    return sum(1 for _ in _runs(_Members(stream, shard), sys.maxsize))
+    return sum(1 for _ in walk_samples(stream, shard))
 
 
 class _Run:

@@ -26,14 +26,16 @@ _TABLE = (".csv", ".tsv")
 
 @dataclass(frozen=True)
 class Source:
-    """One `::` part of `--train-data`: shards that are drawn and counted together.
+    """One `::` part of `--train-data`, or one entry of a mixture: shards that are counted together.
 
-    `factor` multiplies the weight of each of its shards when shards are drawn with replacement.
+    factor: multiplies the weight of each of its shards when shards are drawn with replacement.
+    proportion: in a mixture, its share of the samples, relative to the other sources'.
     """
 
     name: str
     urls: tuple[str, ...]
     factor: float = 1.0
+    proportion: float | None = None
 
 
 def expand_sources(train_data: str, factors: str | None = None) -> tuple[Source, ...]:

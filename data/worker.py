@@ -17,12 +17,12 @@ from data.background import DaemonPool
 from data.batch import LaneCursor
 from data.config import LoaderConfig
 from data.errors import DataConfigError, DataError
-from data.lanes import Lane, LaneReader
-from data.order import Order, deal, read_ahead_bytes, schedule_rows
+from data.lanes import Block, Lane, MixedLane
+from data.order import deal, schedule_rows, streams_of
 from data.prepare import Prepared, Preparer
-from data.readers import build_reader
 from data.samples import RawSample, SampleError, SampleId
 from data.stats import LoaderStats, check_skip_fraction
+from data.strands import LaneOpener
 from data.urls import mask_url
 
 _READ_THREADS = 8
@@ -34,7 +34,7 @@ Tokenize = Callable[[list[str]], torch.Tensor]
 
 @dataclass(frozen=True)
 class Plan:
-    """What every worker of a rank needs: `cursors` of all the rank's lanes, in ascending order of the lanes."""
+    """What every worker of a rank needs: `cursors` by stream of all the rank's lanes, in ascending order."""
 
     config: LoaderConfig
     tokenize: Tokenize
@@ -57,12 +57,6 @@ class Part:
     stats: LoaderStats = field(default_factory=LoaderStats)
 
 
-def order_of(config: LoaderConfig, num_lanes: int) -> Order:
-    """The run's order. Shards are weighted by their source's factor where they are drawn with replacement."""
-    weights = tuple(config.sources[source].factor for source in config.shard_sources) if config.resampled else None
-    return Order(config.seed, num_lanes, len(config.urls), weights, config.sizes)
-
-
 class Worker:
     """Worker number `index` of `count` of a rank; `parts` yields one part a batch, for ever."""
 
@@ -72,26 +66,21 @@ class Worker:
         self._tokenize = plan.tokenize
         self._share_memory = share_memory
         self._preparer = Preparer(config)
-        self._urls = config.urls
         self._shard_sources = config.shard_sources
-        self._taken = np.array([cursor.taken for cursor in plan.cursors.values()], dtype=np.int64)
-        self._mine = deal(range(len(plan.cursors)), count, index)
-        self._lanes = self._open_lanes(plan, list(plan.cursors.items()))
+        streams = config.streams_per_lane
+        taken = np.array([cursor.taken for cursor in plan.cursors.values()], dtype=np.int64)
+        self._taken = taken.reshape(-1, streams).sum(axis=1)  # by the rank's lanes
+        self._mine = deal(range(len(self._taken)), count, index)
+        self._lanes = self._open_lanes(plan, [stream // streams for stream in plan.cursors][::streams])
         self._new = LoaderStats()  # since the last part
         self._all = LoaderStats()
         self._num_barren = 0
 
-    def _open_lanes(self, plan: Plan, cursors: Sequence[tuple[int, LaneCursor]]) -> dict[int, tuple[int, Lane]]:
-        """For each of this worker's places among the rank's lanes: the lane's number and the lane."""
-        reader = build_reader(plan.config, read_ahead_bytes(plan.block_bytes))
-        order = order_of(plan.config, plan.num_lanes)
-        pool = DaemonPool(min(_READ_THREADS, max(1, len(self._mine))), "read")
-        lanes = {}
-        for place in self._mine:
-            number, cursor = cursors[place]
-            blocks = LaneReader(order, reader, self._urls, number, cursor, plan.block_bytes)
-            lanes[place] = number, Lane(blocks, cursor, pool)
-        return lanes
+    def _open_lanes(self, plan: Plan, numbers: Sequence[int]) -> dict[int, tuple[int, Lane | MixedLane]]:
+        """For each of this worker's places among the rank's lanes `numbers`: the lane's number and the lane."""
+        pool = DaemonPool(min(_READ_THREADS, max(1, len(self._mine) * plan.config.streams_per_lane)), "read")
+        opener = LaneOpener(plan.config, plan.num_lanes, plan.block_bytes, pool)
+        return {place: (numbers[place], opener.open(numbers[place], plan.cursors)) for place in self._mine}
 
     def parts(self) -> Iterator[Part]:
         """This worker's part of every batch, in the order of the batches."""
@@ -101,7 +90,7 @@ class Worker:
             rows = np.flatnonzero(np.isin(schedule, self._mine))
             yield self._part(rows, [self._lanes[place][1] for place in schedule[rows]])
 
-    def _part(self, rows: np.ndarray, lanes: Sequence[Lane]) -> Part:
+    def _part(self, rows: np.ndarray, lanes: Sequence[Lane | MixedLane]) -> Part:
         part = Part(rows, self._new_images(len(rows)), np.zeros((len(rows), 0), np.int64), {})
         images = part.images.numpy()
         captions: list[str] = []
@@ -116,10 +105,17 @@ class Worker:
         if captions:
             part.tokens = self._tokenize(captions).numpy()
             part.draws = {name: torch.stack([draw[name] for draw in draws]).numpy() for name in draws[0]}
-        part.cursors = {number: lane.cursor for number, lane in self._lanes.values()}
+        part.cursors = self._cursors()
         part.stats, self._new = self._new, LoaderStats()
         self._all.add(part.stats)
         return part
+
+    def _cursors(self) -> dict[int, LaneCursor]:
+        cursors: dict[int, LaneCursor] = {}
+        for number, lane in self._lanes.values():
+            ours = lane.cursors
+            cursors |= zip(streams_of(number, len(ours)), ours, strict=True)
+        return cursors
 
     def _new_images(self, count: int) -> torch.Tensor:
         shape = (count, 3, *self._config.image_size)
@@ -129,34 +125,42 @@ class Worker:
         storage = torch.UntypedStorage._new_shared(int(np.prod(shape)), device="cpu")
         return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
-    def _next_good(self, lane: Lane) -> tuple[RawSample, Prepared]:
+    def _next_good(self, lane: Lane | MixedLane) -> tuple[RawSample, Prepared]:
         """The lane's next sample that can be used; those that cannot are counted on the way."""
         while True:
             sample_id, raw, shard, begun = lane.next_sample()
             if begun is not None:
-                self._new.opened_shards += begun.num_opened
-                for failure in begun.failures:
-                    self._new.fail(failure.kind, f"{failure.url}: {failure.reason}")
-            prepared = self._prepare(sample_id, raw)
+                self._count_block(begun)
+            source = self._source_of(shard)
+            prepared = self._prepare(sample_id, raw, source)
             if prepared is not None:
                 lane.count_row()
                 self._num_barren = 0
-                self._new.delivered += 1
-                self._new.source_samples[self._config.sources[self._shard_sources[shard]].name] += 1
+                self._new.deliver(source)
                 return raw, prepared
 
-    def _prepare(self, sample_id: SampleId, raw: RawSample) -> Prepared | None:
+    def _source_of(self, shard: int) -> str:
+        return self._config.sources[self._shard_sources[shard]].name
+
+    def _count_block(self, block: Block) -> None:
+        self._new.opened_shards += block.num_opened
+        for failure in block.failures:
+            self._new.fail(failure.kind, f"{failure.url}: {failure.reason}")
+        for shard, count in block.filtered.items():
+            self._new.source_filtered[self._source_of(shard)] += count
+
+    def _prepare(self, sample_id: SampleId, raw: RawSample, source: str) -> Prepared | None:
         try:
             return self._preparer.prepare(raw, (self._config.seed, *sample_id))
         except SampleError as error:
-            self._lose(error.reason, raw, str(error))
+            self._lose(error.reason, raw, source, str(error))
         except Exception as error:  # decoders fail in more ways than they document; a bug shows in the counts
-            self._lose(type(error).__name__, raw, f"{type(error).__name__}: {error}")
+            self._lose(type(error).__name__, raw, source, f"{type(error).__name__}: {error}")
         return None
 
-    def _lose(self, reason: str, raw: RawSample, detail: str) -> None:
+    def _lose(self, reason: str, raw: RawSample, source: str, detail: str) -> None:
         example = f"{raw.key} in {mask_url(raw.shard)} ({detail})"
-        self._new.skip(reason, example)
+        self._new.skip(reason, example, source)
         self._num_barren += 1
         if self._num_barren % _CHECK_EVERY == 0:
             self._check_barren(example)

@@ -1,57 +1,96 @@
-"""`python -m scripts.index_shards SHARDS`: counts the samples of local shards and writes sizes.json beside them."""
+"""`python -m scripts.index_shards SHARDS`: counts samples and notes where they begin, in files beside the shards.
+
+For each shard `<shard>_index.json` (a run that begins in the middle of it need not read the rest), and for each
+folder `sizes.json`, as OpenCLIP reads it. Remote shards are read and indexed where they lie.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import posixpath
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
-from data import DataConfigError, DataError, count_samples, expand_sources, is_local, local_path
+from data import (
+    DataConfigError,
+    DataError,
+    ShardError,
+    ShardIndex,
+    build_index,
+    expand_sources,
+    index_url,
+    is_local,
+    is_pipe,
+    local_path,
+    mask_url,
+    open_stream,
+    read_file,
+    write_file,
+)
+
+_HEADERS_BYTES = 1 << 20  # of a ranged read: contents in between are passed over where they are larger
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Counts by the headers of the tars, without reading contents. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.index_shards", description=__doc__)
-    parser.add_argument(
-        "shards", help="local shards as --train-data names them: braces, a folder, several joined by ::"
-    )
+    """Walks the headers of the tars; contents are not read where that can be helped. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m scripts.index_shards", description=__doc__.splitlines()[0])
+    parser.add_argument("shards", help="as --train-data names them: braces, a folder, s3://, several joined by ::")
+    parser.add_argument("--jobs", type=int, default=8, help="shards read at a time (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a sizes.json that is there already")
     args = parser.parse_args(argv)
     try:
-        for path, counts in index(args.shards).items():
-            print(f"{path}: {sum(counts.values())} samples in {len(counts)} shards")
+        for path, counts in index(args.shards, max(1, args.jobs), args.overwrite).items():
+            print(f"{mask_url(path)}: {sum(counts.values())} samples in {len(counts)} shards")
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
-def index(shards: str) -> dict[Path, dict[str, int]]:
-    """Writes a sizes.json into each folder and returns their contents by path. Raises DataConfigError."""
-    sources = expand_sources(shards)
-    urls = [url for source in sources for url in source.urls]
+def index(shards: str, jobs: int = 8, overwrite: bool = False) -> dict[str, dict[str, int]]:
+    """Writes the indexes, then a sizes.json into each folder; returns the latter's contents by URL.
+
+    A sizes.json that is there keeps its other entries. Raises DataConfigError.
+    """
+    urls = list(dict.fromkeys(url for source in expand_sources(shards) for url in source.urls))
     for url in urls:
-        if not is_local(url):
-            raise DataConfigError(f"{url}: only local shards can be counted; index them before the upload")
-        if (beside := Path(local_path(url)).with_name("sizes.json")).exists():
-            raise DataConfigError(f"{beside} is there already; remove it to count anew")
-    counts = count_samples(sources)
-    if counts is None:
-        raise DataConfigError(
-            f"{shards}: not every shard is a whole tar file; python -m scripts.check_shards tells more"
-        )
-    folders: dict[Path, dict[str, int]] = defaultdict(dict)
-    for url, count in zip(urls, counts, strict=True):
-        path = Path(local_path(url))
-        folders[path.with_name("sizes.json")][path.name] = count
-    for path, content in folders.items():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, path)
-    return dict(folders)
+        if is_pipe(url):
+            raise DataConfigError(f"{mask_url(url)}: a command's output has no place for an index; name the object")
+    sizes = {path: _sizes_there(path, overwrite) for path in dict.fromkeys(map(_sizes_url, urls))}
+    with ThreadPoolExecutor(jobs) as pool:
+        for url, found in zip(urls, pool.map(_index_one, urls), strict=True):
+            sizes[_sizes_url(url)][posixpath.basename(url.partition("?")[0])] = found.samples
+    for path, content in sizes.items():
+        write_file(path, json.dumps(content, indent=1).encode() + b"\n")
+    return sizes
+
+
+def _index_one(url: str) -> ShardIndex:
+    try:
+        with open_stream(url, chunk_bytes=_HEADERS_BYTES, read_ahead=1) as stream:
+            found = build_index(stream, url)
+        write_file(index_url(url), found.to_json())
+    except ShardError as error:
+        raise DataConfigError(f"{error}; python -m scripts.check_shards tells more") from error
+    return found
+
+
+def _sizes_url(url: str) -> str:
+    path, question, query = (local_path(url), "", "") if is_local(url) else url.partition("?")
+    return posixpath.join(posixpath.dirname(path), "sizes.json") + question + query
+
+
+def _sizes_there(path: str, overwrite: bool) -> dict[str, int]:
+    """What is there already; DataConfigError if it may not be replaced."""
+    try:
+        content = dict(json.loads(read_file(path)))
+    except (ShardError, ValueError, TypeError):
+        return {}
+    if not overwrite:
+        raise DataConfigError(f"{mask_url(path)} is there already; --overwrite replaces its entries for these shards")
+    return content
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -196,6 +197,8 @@ def read_yaml(path: Path, known: dict[str, Setting] | None = None) -> dict[str, 
 def _decode_yaml(setting: Setting, value: Any) -> Any:
     if value is None and setting.optional:
         return None
+    if setting.name == "train_data" and isinstance(value, list):  # a mixture, as its own file would hold it
+        return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf).strip()
     if setting.is_tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
         return tuple(decode(setting, item) for item in items)

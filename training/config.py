@@ -25,7 +25,9 @@ class DataConfig:
     """Where samples come from and how they become tensors."""
 
     train_data: str | None = option(
-        None, "shards: braces {000..123}, several joined by ::, s3://, https://, pipe:, or a CSV/TSV file"
+        None,
+        "shards: braces {000..123}, several joined by ::, s3://, https://, pipe:, a CSV/TSV file, or a mixture.yaml: "
+        "a list of name, shards, proportion (by samples)",
     )
     train_data_upsampling_factors: str | None = option(
         None, "one factor per :: source, e.g. 1::2; needs --dataset-resampled"

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
-from data import Batch, DataError, LoaderStats, Position
+from data import Batch, DataError, LoaderStats, Position, source_epochs
 from training.distributed import World
 
 
@@ -43,8 +43,12 @@ class Feed:
         world: World,
         stop_requested: Callable[[], bool],
         earlier_counts: Mapping[str, int] | None = None,
+        source_sizes: Mapping[str, int] | None = None,
     ):
-        """`earlier_counts`: what `counts` said at the checkpoint from which the run goes on."""
+        """`earlier_counts`: what `counts` said at the checkpoint from which the run goes on; `source_sizes`: samples
+        of each source, where they are known.
+        """
+        self._source_sizes = source_sizes or {}
         self._loader = loader
         self._earlier_counts = Counter(earlier_counts or {})
         self._batches = iter(loader)
@@ -100,6 +104,11 @@ class Feed:
         for counts in self._world.all_gather_object(self._loader.stats().counts()):  # Collective:
             totals.update(counts)
         return dict(sorted(totals.items()))
+
+    def metrics(self) -> dict[str, float]:
+        """`counts`, and how often each source has been gone through. Collective."""
+        counts = self.counts()
+        return counts | source_epochs(counts, self._source_sizes)
 
     def close(self) -> None:
         """End the loader's processes."""

@@ -72,7 +72,7 @@ class Reporter:
         }
 
     def _data_values(self, feed: Feed) -> dict[str, Any]:
-        return {f"train/{name}": count for name, count in feed.counts().items()}
+        return {f"train/{name}": value for name, value in feed.metrics().items()}
 
     def _record(self, done: int, values: Mapping[str, Any]) -> None:
         epoch, samples_seen = self._plan.epoch_of(done), done * self._plan.global_batch

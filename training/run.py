@@ -162,7 +162,8 @@ def open_feed(setting: Setting, preemption: Preemption) -> Iterator[Feed]:
     position = data.Position.from_json(setting.loaded.data_position) if setting.loaded else None
     loader = data.build_train_loader(settings, tokenizer, world.rank, world.size, position)
     counts = setting.loaded.state.get("counts") if setting.loaded else None
-    with closing(Feed(loader, world, lambda: preemption.requested() is not None, counts)) as feed:
+    sizes = setting.samples.catalog.source_sizes
+    with closing(Feed(loader, world, lambda: preemption.requested() is not None, counts, sizes)) as feed:
         yield feed
 
 

@@ -52,8 +52,8 @@ def test_no_loss_is_allowed_at_zero_and_any_but_all_at_one() -> None:
 def test_the_refusal_names_reasons_most_frequent_first_with_an_example_of_each() -> None:
     stats = LoaderStats()
     for number in range(60):
-        stats.skip("no_caption", f"sample {number}")
-    stats.skip("empty_image", "sample 7")
+        stats.skip("no_caption", f"sample {number}", "a")
+    stats.skip("empty_image", "sample 7", "a")
     stats.delivered = 40
     reasons = r"60 no_caption, e\.g\. sample 0; 1 empty_image, e\.g\. sample 7"
     with pytest.raises(
@@ -69,9 +69,9 @@ def test_the_refusal_names_reasons_most_frequent_first_with_an_example_of_each()
 
 def test_adding_up_keeps_the_first_examples_and_all_counts() -> None:
     first, second = LoaderStats(delivered=3, opened_shards=1), LoaderStats(delivered=4, opened_shards=2, epochs=5)
-    first.skip("odd", "one")
-    second.skip("odd", "two")
-    second.skip("bad", "three")
+    first.skip("odd", "one", "a")
+    second.skip("odd", "two", "b")
+    second.skip("bad", "three", "b")
     second.fail("missing", "four")
     second.source_samples["a"] += 4
     first.add(second)
@@ -81,6 +81,7 @@ def test_adding_up_keeps_the_first_examples_and_all_counts() -> None:
         opened_shards=3,
         failed_shards=Counter(missing=1),
         source_samples=Counter(a=4),
+        source_skipped=Counter(a=1, b=2),
         examples={"odd": "one", "bad": "three", "shard missing": "four"},
     )
 

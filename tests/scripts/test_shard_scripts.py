@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from data import count_samples, expand_sources
 from scripts import check_shards, index_shards, make_demo_shards
+from tests.helpers.s3 import S3Server
 from tests.helpers.shards import cut_tar, write_shards
 
 
@@ -42,6 +44,8 @@ def test_index_shards_writes_the_counts_beside_them(tmp_path: Path, capsys: pyte
     assert index_shards.main([f"{tmp_path}/a::{tmp_path}/b"]) == 0
     assert json.loads((tmp_path / "a" / "sizes.json").read_text()) == {"shard-00000.tar": 4, "shard-00001.tar": 2}
     assert json.loads((tmp_path / "b" / "sizes.json").read_text()) == {"shard-00000.tar": 3}
+    assert json.loads((tmp_path / "a" / "shard-00000_index.json").read_text())["samples"] == 4
+    assert count_samples(expand_sources(f"{tmp_path}/a::{tmp_path}/b")) == (4, 2, 3)
     assert "6 samples in 2 shards" in capsys.readouterr().out
 
 
@@ -49,15 +53,31 @@ def test_index_shards_does_not_trust_or_replace_an_old_index(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_shards(tmp_path, [4], sizes_json=True)
+    (tmp_path / "sizes.json").write_text(json.dumps({"shard-00000.tar": 7, "elsewhere.tar": 1}))
     assert index_shards.main([str(tmp_path)]) == 2
-    assert "remove it to count anew" in capsys.readouterr().err
+    assert "--overwrite" in capsys.readouterr().err
+    assert index_shards.main([str(tmp_path), "--overwrite"]) == 0
+    assert json.loads((tmp_path / "sizes.json").read_text()) == {"shard-00000.tar": 4, "elsewhere.tar": 1}
 
 
-def test_index_shards_refuses_a_broken_tar_and_remote_shards(
+def test_index_shards_refuses_a_broken_tar_and_the_output_of_a_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cut_tar(write_shards(tmp_path, [4])[0])
     assert index_shards.main([str(tmp_path)]) == 2
-    assert index_shards.main(["s3://bucket/{0..1}.tar"]) == 2
-    assert "only local shards can be counted" in capsys.readouterr().err
+    assert "cut short" in capsys.readouterr().err
+    assert index_shards.main(["pipe:cat {0..1}.tar"]) == 2
+    assert "name the object" in capsys.readouterr().err
     assert not (tmp_path / "sizes.json").exists()
+
+
+def test_index_shards_works_in_a_bucket(
+    tmp_path: Path, s3_server: S3Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in write_shards(tmp_path, [4, 35]):
+        s3_server.upload(path, f"index-shards/{path.name}")
+    pattern = s3_server.url("index-shards/shard-{00000..00001}.tar")
+    assert index_shards.main([pattern]) == 0
+    assert "39 samples in 2 shards" in capsys.readouterr().out
+    assert count_samples(expand_sources(pattern)) == (4, 35)
+    assert len(json.loads(s3_server.read("index-shards/shard-00001_index.json"))["offsets"]) == 2
