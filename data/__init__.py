@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from data.synthetic import synthetic_shards
     from data.tar import read_samples
     from data.urls import Source, dataset_type_of, expand_sources, is_local, is_pipe, local_path, mask_url
+    from data.where import Filter, Where
 
 _HOMES = {
     "augment": ("AugmentConfig", "parse_aug_cfg"),
@@ -51,6 +52,7 @@ _HOMES = {
     "synthetic": ("synthetic_shards",),
     "tar": ("read_samples",),
     "urls": ("Source", "dataset_type_of", "expand_sources", "is_local", "is_pipe", "local_path", "mask_url"),
+    "where": ("Filter", "Where"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -64,6 +66,7 @@ __all__ = [
     "DataError",
     "DeviceTransform",
     "EvalBatch",
+    "Filter",
     "LaneCursor",
     "LoaderConfig",
     "LoaderStats",
@@ -78,6 +81,7 @@ __all__ = [
     "StorageError",
     "TarError",
     "TrainLoader",
+    "Where",
     "build_index",
     "build_train_loader",
     "class_names_of",

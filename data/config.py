@@ -25,6 +25,7 @@ class LoaderConfig:
     batch_size: rows of this rank per optimiser step (all micro-batches together).
     sizes: samples of each shard, in the order of the sources' URLs; None where they are not known.
     num_samples: length of the synthetic set.
+    where: keeps the samples whose JSON record passes (`data.where`).
     """
 
     sources: tuple[Source, ...]
@@ -37,6 +38,7 @@ class LoaderConfig:
     interpolation: str = "bicubic"
     aug: AugmentConfig = field(default_factory=_default_augmentation)
     caption_key: str = "txt"
+    where: str | None = None
     shuffle_budget_mib: int = 256  # of each worker
     max_image_pixels: int = 100_000_000
     max_skip_fraction: float = 0.1
@@ -45,7 +47,6 @@ class LoaderConfig:
     csv_img_key: str = "filepath"
     csv_caption_key: str = "title"
     sizes: tuple[int, ...] | None = None
-    where: str | None = None
 
     @property
     def urls(self) -> tuple[str, ...]:

@@ -1,9 +1,10 @@
-"""The raw sample: what a shard holds for one image-text pair, before anything is decoded."""
+"""The raw sample: what a shard holds for one image-text pair, before its picture is decoded."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+import json
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 
 class SampleId(NamedTuple):
@@ -19,7 +20,8 @@ class SampleId(NamedTuple):
 class RawSample:
     """Bytes of one sample. `fields` maps lower-case extensions ("jpg", "txt", "json") to contents.
 
-    `offset` is the byte at which the sample begins in its shard, -1 where that means nothing.
+    `offset` is the byte at which the sample begins in its shard, -1 where that means nothing. `record` is what
+    `record_of` found in the `json` member; a row of a table has it from the start.
     """
 
     key: str
@@ -27,6 +29,7 @@ class RawSample:
     index: int
     fields: dict[str, bytes]
     offset: int = -1
+    record: Any = field(default=None, repr=False, compare=False)
 
     @property
     def num_bytes(self) -> int:
@@ -40,3 +43,19 @@ class SampleError(Exception):
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
+
+
+def record_of(raw: RawSample) -> Any:
+    """The content of the sample's `json` member, parsed once. SampleError "no_json" or "broken_json"."""
+    if raw.record is None:
+        raw.record = _parse_json(raw)
+    return raw.record
+
+
+def _parse_json(raw: RawSample) -> Any:
+    if "json" not in raw.fields:
+        raise SampleError("no_json", f"no member 'json'; members: {', '.join(sorted(raw.fields)) or 'none'}")
+    try:
+        return json.loads(raw.fields["json"].decode("utf-8-sig", errors="replace"))
+    except (ValueError, RecursionError) as error:
+        raise SampleError("broken_json", str(error)) from error

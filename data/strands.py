@@ -47,9 +47,9 @@ def keeps_of(config: LoaderConfig) -> Keeps | None:
     """Whether a sample takes part, as `--where` says; None without it."""
     if config.where is None:
         return None
-    from data.where import Filter
+    from data.where import Filter, Where
 
-    return Filter(config.where).keeps
+    return Filter(Where.parse(config.where)).keeps
 
 
 class LaneOpener:

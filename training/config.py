@@ -41,6 +41,9 @@ class DataConfig:
     csv_img_key: str = option("filepath", "column of image paths")
     csv_caption_key: str = option("title", "column of captions")
     caption_key: str = option("txt", "where the caption is: txt, or a field of the sample's json as json:FIELD")
+    where: str | None = option(
+        None, "keep samples by fields of their json, e.g. \"NSFW in ['UNLIKELY'] and similarity > 0.3\""
+    )
     workers: int = option(4, "loader processes per rank; 0 loads in the training process")
     shuffle_budget_mib: int = option(256, "raw bytes each worker may hold for shuffling")
     max_skip_fraction: float = option(0.1, "stop when a larger share of samples, or of shards, cannot be used")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from data.errors import DataConfigError
+from data.where import Where
 from models.errors import ConfigError
 from training.config import TrainConfig
 
@@ -68,11 +70,20 @@ def _data(config: TrainConfig) -> Iterator[str]:
         yield "--dataset-type synthetic needs --train-num-samples"
     if data.caption_key != "txt" and not data.caption_key.startswith("json:"):
         yield f"--caption-key is txt or json:FIELD, got {data.caption_key!r}"
+    if data.where is not None:
+        yield from _where(data.where)
     if len(config.model.force_image_size) > 2:
         yield "--force-image-size takes one side, or height and width"
     for name, values in (("image-mean", config.image.image_mean), ("image-std", config.image.image_std)):
         if values and len(values) != 3:
             yield f"--{name} takes three numbers"
+
+
+def _where(text: str) -> Iterator[str]:
+    try:
+        Where.parse(text)
+    except DataConfigError as error:
+        yield str(error)
 
 
 def _schedule(config: TrainConfig) -> Iterator[str]:

@@ -177,6 +177,7 @@ def loader_config(
         interpolation=preprocess.interpolation,
         aug=data.parse_aug_cfg(config.image.aug_cfg),
         caption_key=section.caption_key,
+        where=section.where,
         shuffle_budget_mib=section.shuffle_budget_mib,
         max_image_pixels=section.max_image_pixels,
         max_skip_fraction=section.max_skip_fraction,
