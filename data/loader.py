@@ -35,6 +35,7 @@ from data.prepare import Preparer
 from data.readers import build_reader, with_shards
 from data.stats import LoaderStats, check_skip_fraction
 from data.storage import Retry
+from data.where import Filter, Where
 from data.worker import Part, Plan, Tokenize, Worker, run_worker
 
 _PREFLIGHT_CHUNK_BYTES = 1 << 20
@@ -72,11 +73,12 @@ def build_train_loader(
     return TrainLoader(config, tokenize, position, mine)
 
 
-def run_preflight(config: LoaderConfig, tokenize: Tokenize) -> PreflightReport:
+def run_preflight(config: LoaderConfig, tokenize: Tokenize, samples: int = 8, shards: int = 3) -> PreflightReport:
     """`data.preflight.preflight` with the reader and the preparation that a loader of `config` would use."""
     config = with_shards(config)
     reader = build_reader(config, _PREFLIGHT_CHUNK_BYTES, read_ahead=0, retry=Retry(attempts=2))
-    return preflight(config.sources, reader, Preparer(config), tokenize)
+    where = None if config.where is None else Filter(Where.parse(config.where))
+    return preflight(config.sources, reader, Preparer(config), tokenize, samples, shards, where)
 
 
 def _check(config: LoaderConfig) -> None:

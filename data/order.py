@@ -176,11 +176,14 @@ def _cumulative(order: Order) -> np.ndarray:
 def lane_range(num_samples: int, num_lanes: int, lane: int, epoch: int) -> tuple[int, int]:
     """The lane's part [start, stop) of an epoch of `num_samples`.
 
-    Where they do not divide, the lanes that have one more rotate with the epochs: over a run all get the
-    same, and none is left without samples when there are fewer samples than lanes.
+    The parts rotate with the epochs, so that over as many epochs as there are lanes each lane has had every part:
+    all get the same where they do not divide, and none is left without samples when there are fewer samples than
+    lanes, or when a filter keeps but a few.
     """
     base, extra = divmod(num_samples, num_lanes)
-    turn = (lane - epoch * extra) % num_lanes
+    cycles = math.gcd(num_lanes, extra)
+    cycle = num_lanes // cycles  # epochs after which steps of `extra` come back to the same part
+    turn = (lane - epoch * extra - epoch // cycle % cycles) % num_lanes
     start = turn * base + min(turn, extra)
     return start, start + base + (turn < extra)
 

@@ -1,12 +1,15 @@
 """A look at the data before a run spends anything on it: a few samples of a few shards, all the way to tokens.
 
-Knows no lanes. Stops the run when nothing can be used, naming the reason; otherwise reports what it saw.
+Knows no lanes. Stops the run when nothing can be used, naming the reason; otherwise reports what it saw, and how
+fast it could be read and decoded: by one process, one sample after the other, storage's first answer included.
 """
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,10 +19,13 @@ from data.decode import header_of
 from data.errors import DataConfigError, ShardError
 from data.prepare import Preparer, image_of
 from data.readers import ShardReader
-from data.samples import RawSample, SampleError
+from data.samples import RawSample, SampleError, record_of
 from data.urls import Source, mask_url
+from data.where import Filter
 
 _SHOWN = 3  # shards, keys and fields named in a message
+_MIB = 1 << 20
+_READ_FOR_ONE_KEPT = 100  # samples of a shard looked at for each that the filter should keep
 
 
 @dataclass
@@ -37,11 +43,22 @@ class PreflightReport:
     valid: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     details: dict[str, str] = field(default_factory=dict)  # reason -> first message
+    filtered: int = 0  # samples that --where does not keep
+    is_filtered: bool = False
+    record_fields: set[str] = field(default_factory=set)  # of the samples' JSON records
+    num_bytes: int = 0
+    read_s: float = 0.0
+    decode_s: float = 0.0
 
     @property
     def seen(self) -> int:
-        """Samples looked at."""
+        """Samples looked at, those that --where does not keep left out."""
         return self.valid + self.skipped.total()
+
+    @property
+    def num_read(self) -> int:
+        """Samples read."""
+        return self.seen + self.filtered
 
     @property
     def share_truncated(self) -> float:
@@ -56,6 +73,8 @@ class PreflightReport:
     def __str__(self) -> str:
         lines = [f"preflight: {self.valid} of {self.seen} samples valid in {len(self.shards)} shards"]
         lines += [f"  {shard}: {reason}" for shard, reason in self.failed.items()]
+        if self.is_filtered:
+            lines.append(f"  --where keeps {self.seen} of {self.num_read} samples read")
         if self.skipped:
             lines.append(f"  skipped: {_counted(self.skipped)}")
         if self.keys:
@@ -68,6 +87,12 @@ class PreflightReport:
             p50, p95, most = self.caption_percentiles()
             cut = f"{self.share_truncated:.0%} longer than the context of {self.context_length}"
             lines.append(f"  captions: {p50} tokens median, {p95} at 95 %, {most} at most; {cut}")
+        if self.valid:
+            lines.append(
+                f"  rates of one process: {self.num_bytes / _MIB / max(self.read_s, 1e-9):.1f} MiB/s read "
+                f"({self.num_bytes / self.num_read / 1024:.1f} KiB a sample), "
+                f"{self.valid / max(self.decode_s, 1e-9):.0f} samples/s decoded"
+            )
         return "\n".join(lines)
 
 
@@ -78,18 +103,21 @@ def preflight(
     tokenize: Callable[[list[str]], torch.Tensor],
     samples: int = 8,
     shards: int = 3,
+    where: Filter | None = None,
 ) -> PreflightReport:
-    """Reads `samples` samples of `shards` shards spread over the sources.
+    """Reads `samples` samples that `where` keeps of `shards` shards spread over the sources.
 
     Raises DataConfigError when none of these shards can be read, or none of the samples is valid; a bad shard
     or sample among good ones is only reported.
     """
-    report = PreflightReport()
+    report = PreflightReport(is_filtered=where is not None)
     valid: list[str] = []
     for url in _spread([url for source in sources for url in source.urls], shards):
-        valid += _probe(url, reader, preparer, samples, report)
+        valid += _probe(url, reader, preparer, samples, where, report)
     if report.shards and len(report.failed) == len(report.shards):
         raise DataConfigError(_nothing_readable(report))
+    if where is not None and not report.seen:
+        raise DataConfigError(_nothing_kept(report, where))
     if not valid:
         raise DataConfigError(_nothing_valid(report, preparer.config.caption_key))
     _measure_captions(valid, tokenize, report)
@@ -104,13 +132,15 @@ def _spread(urls: Sequence[str], count: int) -> list[str]:
     return [unique[round(i * (len(unique) - 1) / (count - 1))] for i in range(count)]
 
 
-def _probe(url: str, reader: ShardReader, preparer: Preparer, samples: int, report: PreflightReport) -> list[str]:
+def _probe(
+    url: str, reader: ShardReader, preparer: Preparer, samples: int, where: Filter | None, report: PreflightReport
+) -> list[str]:
     """Captions of the valid ones among the first samples of a shard; everything else goes into the report."""
     name, captions = mask_url(url), []
     report.shards.append(name)
-    stream = reader.read(url, 0, samples)
+    stream = reader.read(url, 0, samples if where is None else samples * _READ_FOR_ONE_KEPT)
     try:
-        for raw in stream:
+        for raw in itertools.islice(_kept(_timed(stream, report), where, report), samples):
             captions += _look_at(raw, preparer, report)
     except Exception as error:  # The reader's errors are as many as the storages behind it.
         report.failed[name] = _explain(error)
@@ -120,11 +150,41 @@ def _probe(url: str, reader: ShardReader, preparer: Preparer, samples: int, repo
     return captions
 
 
+def _timed(stream: Iterator[RawSample], report: PreflightReport) -> Iterator[RawSample]:
+    while True:
+        started = time.perf_counter()
+        raw = next(stream, None)
+        report.read_s += time.perf_counter() - started
+        if raw is None:
+            return
+        report.num_bytes += raw.num_bytes
+        yield raw
+
+
+def _kept(stream: Iterator[RawSample], where: Filter | None, report: PreflightReport) -> Iterator[RawSample]:
+    for raw in stream:
+        if where is None or where.keeps(raw):
+            yield raw
+        else:
+            report.filtered += 1
+            report.record_fields |= _fields_of_record(raw)
+
+
+def _fields_of_record(raw: RawSample) -> set[str]:
+    try:
+        record = record_of(raw)
+    except SampleError:
+        return set()
+    return set(record) if isinstance(record, dict) else set()
+
+
 def _look_at(raw: RawSample, preparer: Preparer, report: PreflightReport) -> list[str]:
     report.keys.append(raw.key)
     report.fields.update(raw.fields.keys())
+    started = time.perf_counter()
     try:
         prepared = preparer.prepare(raw, ("preflight", raw.index))
+        report.decode_s += time.perf_counter() - started
         image_format, height, width = header_of(image_of(raw))
     except SampleError as error:
         report.skipped[error.reason] += 1
@@ -156,6 +216,15 @@ def _nothing_readable(report: PreflightReport) -> str:
     middle = f"{first} cannot be read:" if len(report.failed) == 1 else f"{first}:"
     more = [f"{count} x {reason}" for reason, count in reasons.items() if reason != report.failed[first]][:_SHOWN]
     return f"--train-data: {which} {middle} {'; '.join([report.failed[first], *more])}"
+
+
+def _nothing_kept(report: PreflightReport, where: Filter) -> str:
+    if not report.num_read:
+        return f"--train-data: the shards looked at hold no samples ({', '.join(report.shards[:_SHOWN])})"
+    unknown = sorted(where.where.fields - report.record_fields)
+    missing = f"no record has {', '.join(map(repr, unknown))}; " if unknown else ""
+    known = ", ".join(sorted(report.record_fields)) or "none: no sample has a json member that can be read"
+    return f"--where keeps none of {report.num_read} samples looked at; {missing}fields of their records: {known}"
 
 
 def _nothing_valid(report: PreflightReport, caption_key: str) -> str:

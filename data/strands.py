@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from data.background import DaemonPool
 from data.batch import LaneCursor
 from data.config import LoaderConfig
-from data.lanes import Keeps, Lane, LaneReader, MixedLane
+from data.lanes import Lane, LaneReader, MixedLane
 from data.order import Mixing, Order, read_ahead_bytes, streams_of
 from data.readers import build_reader
+from data.where import Filter, Where
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,6 @@ def strands_of(config: LoaderConfig, num_lanes: int) -> list[Strand]:
     return strands
 
 
-def keeps_of(config: LoaderConfig) -> Keeps | None:
-    """Whether a sample takes part, as `--where` says; None without it."""
-    if config.where is None:
-        return None
-    from data.where import Filter, Where
-
-    return Filter(Where.parse(config.where)).keeps
-
-
 class LaneOpener:
     """Opens lanes of a run; `pool` reads their blocks ahead. `num_lanes` and `block_bytes` are the run's."""
 
@@ -61,7 +53,7 @@ class LaneOpener:
         self._pool = pool
         self._strands = strands_of(config, num_lanes)
         self._reader = build_reader(config, read_ahead_bytes(block_bytes))
-        self._keeps = keeps_of(config)
+        self._keeps = None if config.where is None else Filter(Where.parse(config.where)).keeps
 
     def open(self, lane: int, cursors: Mapping[int, LaneCursor]) -> Lane | MixedLane:
         """Lane number `lane`, going on at the `cursors` of its streams."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from data.background import DaemonPool
 from data.batch import LaneCursor, Position
 from data.errors import DataConfigError, DataError, ShardError
-from data.lanes import Block, Lane, LaneReader
+from data.lanes import Block, Keeps, Lane, LaneReader
 from data.order import Order
 from data.readers import TarReader
 from data.samples import RawSample, SampleId
@@ -42,9 +42,16 @@ class FakeReader:
             raise ShardError(url, "broke", "truncated")
 
 
-def open_lane(order: Order, reader: FakeReader, lane: int, cursor: LaneCursor = START, block_bytes: int = 60) -> Lane:
+def open_lane(
+    order: Order,
+    reader: FakeReader,
+    lane: int,
+    cursor: LaneCursor = START,
+    block_bytes: int = 60,
+    keeps: Keeps | None = None,
+) -> Lane:
     urls = [str(shard) for shard in range(order.num_shards)]
-    return Lane(LaneReader(order, reader, urls, lane, cursor, block_bytes), cursor, POOL)
+    return Lane(LaneReader(order, reader, urls, lane, cursor, block_bytes, keeps=keeps), cursor, POOL)
 
 
 def take(lane: Lane, count: int) -> list[SampleId]:
@@ -89,6 +96,62 @@ def test_each_epoch_of_all_lanes_is_every_sample_once(counts: list[int], lanes: 
         while (sample := lane.next_sample())[0].epoch < 3:
             found[sample[0].epoch, sample[1].key] += 1
     assert found == {(e, f"{s}/{i}"): 1 for e in range(3) for s, count in enumerate(counts) for i in range(count)}
+
+
+def one_in(count: int) -> Keeps:
+    """Keeps every `count`-th sample of a shard, the last of each such group."""
+    return lambda raw: raw.index % count == count - 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=COUNTS.filter(lambda counts: max(counts) >= 3),
+    lanes=st.integers(1, 5),
+    drawn=st.booleans(),
+    cut=st.integers(0, 30),
+    block=st.integers(1, 400),
+)
+def test_a_filtered_lane_gives_what_is_kept_and_resumes(
+    counts: list[int], lanes: int, drawn: bool, cut: int, block: int
+) -> None:
+    order = Order(0, lanes, len(counts), (1.0,) * len(counts) if drawn else None, tuple(counts))
+    keeps = one_in(3)
+    for number in range(lanes):
+        expected = take(open_lane(order, FakeReader(counts), number, block_bytes=block, keeps=keeps), cut + 20)
+        assert {one.sample % 3 for one in expected} == {2}
+        first = open_lane(order, FakeReader(counts), number, block_bytes=block, keeps=keeps)
+        before = take(first, cut)
+        again = open_lane(order, FakeReader(counts), number, restored(first.cursor), block, keeps)
+        assert before + take(again, 20) == expected
+
+
+@settings(max_examples=20, deadline=None)
+@given(counts=COUNTS.filter(lambda counts: max(counts) >= 2), lanes=st.integers(1, 5), block=st.integers(1, 400))
+def test_each_epoch_of_all_filtered_lanes_is_every_kept_sample_once(counts: list[int], lanes: int, block: int) -> None:
+    order = Order(1, lanes, len(counts), counts=tuple(counts))
+    found = Counter()
+    for number in range(lanes):
+        lane = open_lane(order, FakeReader(counts), number, block_bytes=block, keeps=one_in(2))
+        while (sample := lane.next_sample())[0].epoch < 3:
+            found[sample[0].epoch, sample[1].key] += 1
+    kept = [f"{s}/{i}" for s, count in enumerate(counts) for i in range(1, count, 2)]
+    assert found == {(e, key): 1 for e in range(3) for key in kept}
+
+
+def test_samples_that_are_not_kept_are_counted_by_shard() -> None:
+    order = Order(0, 1, 2, counts=(5, 7))
+    block = LaneReader(
+        order, FakeReader([5, 7]), "01", 0, START, 10**6, first_shard=10, keeps=lambda raw: raw.index == 3
+    ).read_block()
+    assert block.filtered == {10: 4, 11: 6}
+    assert sorted(block.shards) == [10, 11]
+
+
+def test_a_filter_that_keeps_nothing_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.lanes._REJECTED_LIMIT", 50)
+    lane = open_lane(Order(0, 1, 1, counts=(7,)), FakeReader([7]), 0, keeps=lambda raw: False)
+    with pytest.raises(DataError, match="--where keeps none of 50 samples in a row"):
+        lane.next_sample()
 
 
 def test_a_block_is_shuffled_and_stays_within_the_epoch() -> None:

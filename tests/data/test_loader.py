@@ -350,6 +350,19 @@ def test_sources_are_drawn_by_their_factors(shards: Shards, tmp_path: Path) -> N
     assert counts["triple"] / 3200 == pytest.approx(0.75, abs=0.1)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_only_samples_that_the_filter_keeps_become_rows(three_shards: tuple[str, ...], workers: int) -> None:
+    config = config_of(three_shards, sizes=SIZES, where="index >= 90 or index == 3", batch_size=9, workers=workers)
+    with build(config) as loader:
+        found = Counter(numbers(take(loader, 3)))
+        counts = loader.stats().counts()
+    assert set(found) <= {3, *range(90, 108)}
+    assert counts["skipped_samples"] == 0
+    assert counts["filtered/set"] == counts["filtered_samples"] > 0
+    with pytest.raises(DataConfigError, match="--where: index >= 90 or index == 3 in the checkpoint, none now"):
+        build(dataclasses.replace(config, where=None), position=loader.position())
+
+
 def test_lists_and_synthetic_sets_are_read_the_same_way(shards: Shards, tmp_path: Path) -> None:
     with build(config_of([], sources=(), dataset_type="synthetic", num_samples=30, batch_size=6)) as loader:
         keys = [key for _ in range(5) for key in next(loader).keys]

@@ -50,6 +50,15 @@ def test_over_the_epochs_all_lanes_get_the_same(num_samples: int, lanes: int, of
     assert {size(lane, 0) - num_samples // lanes for lane in range(lanes)} <= {0, 1}
 
 
+@given(st.integers(1, 200), st.integers(1, 64), st.integers(0, 63))
+def test_a_lane_has_had_every_sample_after_as_many_epochs_as_there_are_lanes(
+    num_samples: int, lanes: int, lane: int
+) -> None:
+    lane %= lanes
+    ranges = [range(*lane_range(num_samples, lanes, lane, epoch)) for epoch in range(lanes)]
+    assert Counter(sample for one in ranges for sample in one) == dict.fromkeys(range(num_samples), 1)
+
+
 def test_shards_come_in_another_order_each_epoch() -> None:
     order = Order(0, 1, 50, counts=(1,) * 50)
     assert walk(order, 0, 0) != walk(order, 0, 1)

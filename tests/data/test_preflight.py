@@ -15,6 +15,7 @@ from data.preflight import PreflightReport, preflight
 from data.prepare import Preparer
 from data.readers import TarReader
 from data.urls import expand_sources
+from data.where import Filter, Where
 from tests.helpers.s3 import S3Server
 from tests.helpers.shards import BREAKAGES
 
@@ -41,9 +42,10 @@ class WordTokenizer:
         return torch.tensor([row + [0] * (6 - len(row)) for row in rows])
 
 
-def look(train_data: str, caption_key: str = "txt", **options: int) -> PreflightReport:
+def look(train_data: str, caption_key: str = "txt", where: str | None = None, **options: int) -> PreflightReport:
     preparer = Preparer(Config(caption_key=caption_key))
-    return preflight(expand_sources(train_data), TarReader(), preparer, WordTokenizer(), **options)
+    keeps = None if where is None else Filter(Where.parse(where))
+    return preflight(expand_sources(train_data), TarReader(), preparer, WordTokenizer(), where=keeps, **options)
 
 
 def test_it_reports_what_the_samples_look_like(shards: Shards) -> None:
@@ -64,8 +66,32 @@ def test_it_reports_what_the_samples_look_like(shards: Shards) -> None:
         "40x40",
         "18 tokens median",
         "50% longer",
+        "MiB/s read",
+        "samples/s decoded",
     ):
         assert part in text
+
+
+def test_with_a_filter_it_reads_on_until_enough_samples_are_kept(shards: Shards) -> None:
+    folder = shards([60, 60])[0].parent
+    report = look(str(folder), where="index > 40 and index != 42", samples=4)
+    assert (report.valid, report.filtered) == (8, 42)
+    assert report.keys[:4] == ["00000041", "00000043", "00000044", "00000045"]
+    assert "--where keeps 8 of 50 samples read" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("index < 0", "keeps none of 10 samples looked at; fields of their records: alt, index"),
+        ("indx < 3", "keeps none of 10 samples looked at; no record has 'indx'; fields of their records: alt, index"),
+    ],
+)
+def test_a_filter_that_keeps_nothing_is_refused_with_the_fields_there_are(
+    shards: Shards, where: str, message: str
+) -> None:
+    with pytest.raises(DataConfigError, match=message):
+        look(str(shards([5, 5])[0].parent), where=where)
 
 
 def test_one_bad_shard_or_sample_among_good_ones_is_only_reported(shards: Shards) -> None:

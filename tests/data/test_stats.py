@@ -96,3 +96,9 @@ def test_counts_are_flat_with_totals_and_reasons() -> None:
         "skipped_shards/c": 3,
         "samples/d": 9,
     }
+
+
+def test_counts_tell_what_each_source_lost_and_what_was_not_kept() -> None:
+    stats = LoaderStats(source_skipped=Counter(a=2), source_filtered=Counter(a=3, b=4))
+    counts = stats.counts()
+    assert (counts["skips/a"], counts["filtered/a"], counts["filtered/b"], counts["filtered_samples"]) == (2, 3, 4, 7)
