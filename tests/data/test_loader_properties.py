@@ -75,7 +75,7 @@ class Run:
         return Position.from_json(json.loads(json.dumps(merged.to_json())))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(SIZES, RANKS, WORKERS, RANKS, WORKERS, st.integers(0, 15), MIXED, st.booleans())
 def test_any_stop_and_any_other_ranks_and_workers_leave_no_trace(
     sizes: list[int], ranks: int, workers: int, later: int, later_workers: int, cut: int, mixed: bool, resampled: bool
@@ -94,7 +94,7 @@ def test_any_stop_and_any_other_ranks_and_workers_leave_no_trace(
         assert again.step() == whole.step()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(SIZES, RANKS, WORKERS, st.integers(1, 20), MIXED)
 def test_without_replacement_epochs_hold_every_sample_once(
     sizes: list[int], ranks: int, workers: int, steps: int, mixed: bool

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import models
@@ -23,6 +24,8 @@ TINY = [
     *("--model", "tiny-test", "--precision", "fp32", "--device", "cpu", "--batch-size", "8", "--workers", "0"),
     *("--epochs", "2", "--warmup", "2", "--lr", "1e-3", "--log-every-n-steps", "1", "--progress", "lines"),
 ]
+
+KINDS = ("samples", "skips", "filtered")
 
 
 @pytest.fixture(scope="session")
@@ -284,6 +287,32 @@ def test_broken_samples_are_skipped_and_counted_by_reason(shards: Shards, tmp_pa
     reasons = {key.removeprefix(prefix): value for key, value in last.items() if key.startswith(prefix)}
     assert last["train/skipped_samples"] == sum(reasons.values()) >= 5
     assert set(reasons) == {"undecodable_image", "no_caption", "empty_caption", "empty_image", "no_image"}
+
+
+def test_a_mixture_in_the_run_file_is_filtered_counted_by_source_and_resumed(tmp_path: Path) -> None:
+    for name, count in {"small": 10, "large": 40}.items():
+        write_shards(tmp_path / name, [count], broken={3: "no_caption"})
+    sources = [
+        {"name": "small", "shards": f"{tmp_path}/small", "proportion": 1},
+        {"name": "large", "shards": f"{tmp_path}/large", "proportion": "3e0"},
+    ]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"train_data": sources, "where": "index != 5"}))
+    flags = [*TINY, "--config", f"{tmp_path}/run.yaml", "--max-skip-fraction", "0.5", "--logs", str(tmp_path)]
+    assert main([*flags, "--name", "whole"]) == 0
+    assert main([*flags, "--name", "cut", "--stop-after-steps", "5"]) == 75
+    assert main([*flags, "--name", "cut", "--resume", "latest"]) == 0
+    assert losses(tmp_path, "cut") == losses(tmp_path, "whole")
+    last = records(tmp_path, "whole")[-1]
+    used, lost, left = ([last[f"train/{kind}/{name}"] for name in ("small", "large")] for kind in KINDS)
+    assert sum(used) == last["samples_seen"] == 96
+    assert used[1] == pytest.approx(72, abs=3)
+    assert [last["train/epochs/small"], last["train/epochs/large"]] == [
+        pytest.approx(sum(counts) / size)
+        for counts, size in zip(zip(used, lost, left, strict=True), (10, 40), strict=True)
+    ]
+    assert min(*lost, *left) > 0
+    config = yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())
+    assert yaml.safe_load(config["train_data"])[0]["name"] == "small"
 
 
 def test_a_tar_cut_short_gives_its_whole_samples_and_is_counted(shards: Shards, tmp_path: Path) -> None:
