@@ -26,8 +26,11 @@ _END = bytes(_BLOCK)
 _REGULAR = frozenset(b"\x0007")
 _WITHOUT_CONTENT = frozenset(b"123456")  # links, devices, folders, FIFOs
 _EXTENSIONS = frozenset(b"xXgLK")  # describe the member that follows
+_MOST_INFLATED = 8 << 20  # at a time: a few bytes of gzip may stand for gigabytes
 _META = re.compile(rb"__[^/]*__(?:$|/)|(?:.*/)?__MACOSX/", re.DOTALL)
 _ADLER_MODULUS = 65521
+_MOST_BYTES = 1 << 50  # of an archive; a larger size in a header is damage
+_MOST_TAKEN = 1 << 28  # a larger member is passed over: no picture, and a damaged size must not cost the memory
 _IMAGES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"))
 _TEXTS = frozenset(("txt", "json", "caption"))
 
@@ -156,14 +159,16 @@ class _Members:
         begin = self._at
         while (header := self._header) and header != _END:
             kind = self._verified_kind(header)
-            size = _number(header[124:136])
+            size = self._checked(_number_or_none(header[124:136]))
             if kind in _EXTENSIONS:
                 self._size = size
                 self._describe(kind, self.take(), described)
                 continue
             if self._defaults:
                 described = self._defaults | described
-            self._size = int(described["size"]) if "size" in described else size
+            if "size" in described:
+                size = self._checked(int(described["size"]) if described["size"].isdigit() else None)
+            self._size = size
             name = described["path"] if "path" in described else _name_in(header)
             if kind in _REGULAR and self._split(name):
                 self.offset = begin if self._has_offsets else -1
@@ -177,8 +182,10 @@ class _Members:
         return False
 
     def take(self) -> bytes:
-        """The content of the current file."""
+        """The content of the current file; b"" for one that no sample needs."""
         size = self._size
+        if size > _MOST_TAKEN:
+            return self.skip()
         data = self._stream.read(size)
         if len(data) != size:
             raise self._cut(self._at + _BLOCK + len(data))
@@ -209,13 +216,15 @@ class _Members:
         # Adler-32 keeps the sum of the bytes, modulo 65521, in its low half: ten times faster than sum().
         field = header[148:156]
         total = (zlib.adler32(header) & 0xFFFF) - 1 - sum(field) + 8 * ord(" ")
-        try:
-            stored = _number(field)
-        except ValueError:
-            stored = -1
-        if (total - stored) % _ADLER_MODULUS and stored != _signed_sum(header):
+        stored = _number_or_none(field)
+        if stored is None or ((total - stored) % _ADLER_MODULUS and stored != _signed_sum(header)):
             raise TarError(self._shard, "no tar header", self._at, kind="corrupt")
         return header[156]
+
+    def _checked(self, size: int | None) -> int:
+        if size is None or not 0 <= size < _MOST_BYTES:
+            raise TarError(self._shard, "a header without a size", self._at, kind="corrupt")
+        return size
 
     def _split(self, name: bytes) -> bool:
         """Key and extension of a file; False for one that belongs to no sample."""
@@ -245,7 +254,7 @@ class _Members:
             digits, _, _ = content.partition(b" ")
             length = int(digits) if digits.isdigit() else 0
             key, separator, value = content[len(digits) + 1 : length - 1].partition(b"=")
-            if not separator:
+            if not separator or length <= len(digits):
                 raise TarError(self._shard, "broken pax record", self._at, kind="corrupt")
             if key in (b"path", b"size"):
                 found[key.decode()] = value
@@ -281,11 +290,11 @@ class _Gunzipped(ByteStream):
 
     def _inflate(self) -> bool:
         data = self._compressed or self._stream.read(1 << 20)
-        self._compressed = b""
         if not data:
             return False
         try:
-            self._ready += self._inflater.decompress(data)
+            self._ready += self._inflater.decompress(data, _MOST_INFLATED)
+            self._compressed = self._inflater.unconsumed_tail
         except zlib.error as error:
             raise TarError(
                 self._shard, f"broken gzip stream ({error})", self._stream.position, kind="corrupt"
@@ -309,6 +318,13 @@ def _number(field: bytes) -> int:
     if field[0] < 0x80:
         return int(field.rstrip(b"\0 ") or b"0", 8)
     return int.from_bytes(field[1:], "big") - (256 ** (len(field) - 1) if field[0] == 0xFF else 0)
+
+
+def _number_or_none(field: bytes) -> int | None:
+    try:
+        return _number(field)
+    except ValueError:
+        return None
 
 
 def _signed_sum(header: bytes) -> int:

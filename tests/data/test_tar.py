@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
+import itertools
 import tarfile
+import tracemalloc
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.errors import TarError
+from data.errors import ShardError, TarError
 from data.samples import RawSample
 from data.storage import ByteStream, open_stream
 from data.tar import count_tar_samples, read_samples
@@ -212,3 +215,72 @@ def test_nothing_is_read_after_the_last_wanted_sample(tmp_path: Path) -> None:
     with open_stream(str(path)) as stream:
         assert len(list(read_samples(stream, "a.tar", 0, 3))) == 3
         assert stream.position < 50_000
+
+
+def whole_tar(form: int) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
+        for index, extension in itertools.product(range(3), ("jpg", "txt")):
+            content = bytes(index + 1) * 300
+            member = tarfile.TarInfo(f"{'folder/' * 20 * index}{index}.{extension}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+WHOLE = [whole_tar(form) for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)]
+DAMAGE = st.tuples(st.integers(0, 60), st.integers(0, 511), st.integers(0, 255), st.booleans())
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(WHOLE), st.lists(DAMAGE, min_size=1, max_size=4), st.none() | st.integers(0, 30_000))
+def test_damage_of_any_kind_is_an_error_of_the_shard(
+    content: bytes, damage: list[tuple[int, int, int, bool]], cut: int | None
+) -> None:
+    """Bytes overwritten in any place, some with a checksum that fits again, and an end too early."""
+    broken = bytearray(content)
+    for block, place, value, is_signed in damage:
+        start = block * 512 % len(broken)
+        broken[start + place] = value
+        if is_signed:
+            broken[start + 148 : start + 156] = b" " * 8
+            broken[start + 148 : start + 156] = b"%06o\0 " % sum(broken[start : start + 512])
+    with contextlib.suppress(ShardError):
+        assert sum(raw.num_bytes for raw in read(bytes(broken[:cut]))) <= len(broken)
+
+
+@pytest.mark.parametrize(
+    "size", [b"\x80" + b"\xff" * 11, b"\xff" * 12, b"00000g00000\0", b"\x80" + bytes(4) + b"\x7f" * 7]
+)
+def test_a_size_that_is_none_is_damage_and_costs_no_memory(size: bytes) -> None:
+    broken = bytearray(WHOLE[0])
+    broken[124:136] = size
+    broken[148:156] = b" " * 8
+    broken[148:156] = b"%06o\0 " % (sum(broken[:512]))
+    with pytest.raises(TarError):
+        read(bytes(broken))
+
+
+def test_a_member_too_large_for_a_picture_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.tar._MOST_TAKEN", 500)
+    assert [set(raw.fields.values()) for raw in read(WHOLE[0])] == [{bytes(300)}, {b""}, {b""}]
+
+
+def test_a_gzip_that_swells_is_inflated_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.tar._MOST_TAKEN", 1 << 20)
+    swollen = gzip.compress(make_tar([("a.jpg", bytes(200 << 20)), ("a.txt", b"x")]))
+    assert len(swollen) < 1 << 20
+    tracemalloc.start()
+    try:
+        assert summary(read(swollen)) == [("a", {"jpg": b"", "txt": b"x"})]
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("record", [b"0 path=a.jpg\n", b"1 path=a.jpg\n", b"x path=a.jpg\n", b"- size=1\n"])
+def test_a_broken_pax_record_is_damage(record: bytes) -> None:
+    info = tarfile.TarInfo("pax")
+    info.type, info.size = tarfile.XHDTYPE, len(record)
+    with pytest.raises(TarError, match="broken pax record"):
+        read(info.tobuf(tarfile.USTAR_FORMAT) + record.ljust(512, b"\0") + make_tar([("a.jpg", b"x")]))
