@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from data.augment import AugmentConfig, parse_aug_cfg
     from data.batch import Batch, LaneCursor, Position
+    from data.captions import CaptionConfig
     from data.catalog import Catalog, open_catalog
     from data.config import LoaderConfig
     from data.csv_source import CsvConfig, csv_shards
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "augment": ("AugmentConfig", "parse_aug_cfg"),
     "batch": ("Batch", "LaneCursor", "Position"),
+    "captions": ("CaptionConfig",),
     "catalog": ("Catalog", "open_catalog"),
     "config": ("LoaderConfig",),
     "csv_source": ("CsvConfig", "csv_shards"),
@@ -60,6 +62,7 @@ __all__ = [
     "AugmentConfig",
     "Batch",
     "ByteStream",
+    "CaptionConfig",
     "Catalog",
     "CsvConfig",
     "DataConfigError",

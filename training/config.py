@@ -40,7 +40,10 @@ class DataConfig:
     csv_separator: str = option("\t", "column separator of a CSV list")
     csv_img_key: str = option("filepath", "column of image paths")
     csv_caption_key: str = option("title", "column of captions")
-    caption_key: str = option("txt", "where the caption is: txt, or a field of the sample's json as json:FIELD")
+    caption_key: tuple[str, ...] = option(
+        ("txt",), "where captions are: txt, or a field of the sample's json as json:FIELD; of several, one is drawn"
+    )
+    caption_probs: tuple[float, ...] = option((), "how often each key of --caption-key is drawn; equally if absent")
     where: str | None = option(
         None, "keep samples by fields of their json, e.g. \"NSFW in ['UNLIKELY'] and similarity > 0.3\""
     )
