@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from data.errors import DataConfigError, DataError, ShardError, StorageError, TarError
     from data.eval_reader import EvalBatch, class_names_of, read_labelled, read_pairs, templates_of
     from data.files import read_file, write_file
+    from data.folder_source import folder_shards
     from data.loader import TrainLoader, build_train_loader, run_preflight
     from data.order import lanes_per_rank
     from data.preflight import PreflightReport, preflight
@@ -43,6 +44,7 @@ _HOMES = {
     "errors": ("DataConfigError", "DataError", "ShardError", "StorageError", "TarError"),
     "eval_reader": ("EvalBatch", "class_names_of", "read_labelled", "read_pairs", "templates_of"),
     "files": ("read_file", "write_file"),
+    "folder_source": ("folder_shards",),
     "loader": ("TrainLoader", "build_train_loader", "run_preflight"),
     "order": ("lanes_per_rank",),
     "preflight": ("PreflightReport", "preflight"),
@@ -92,6 +94,7 @@ __all__ = [
     "csv_shards",
     "dataset_type_of",
     "expand_sources",
+    "folder_shards",
     "index_url",
     "is_local",
     "is_pipe",

@@ -44,6 +44,12 @@ class CaptionConfig:
         """The fields of the JSON record that hold captions."""
         return tuple(key.removeprefix(_JSON_PREFIX) for key in self.keys if _in_json(key))
 
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        """The members that hold captions, `json` among them if a field of it does."""
+        members = tuple(key for key in self.keys if not _in_json(key))
+        return (*members, "json") if self.json_fields else members
+
     def draw(self, random_key: RandomKey) -> str:
         """The key for the sample of `random_key`."""
         if len(self.keys) == 1:

@@ -33,7 +33,7 @@ class LoaderConfig:
     sources: tuple[Source, ...]
     batch_size: int
     image_size: tuple[int, int]  # height, width
-    dataset_type: str = "webdataset"  # webdataset, csv or synthetic
+    dataset_type: str = "webdataset"  # webdataset, csv, folder or synthetic
     resampled: bool = False
     workers: int = 0
     seed: int = 0

@@ -15,10 +15,7 @@ from data.augment import AugmentConfig, draw_augmentations, sample_crop
 from data.captions import CaptionConfig, draw_caption
 from data.decode import decode_rgb, resize_crop
 from data.randomness import KeyedRandom
-from data.samples import RawSample, SampleError
-
-# OpenCLIP's four in its order of preference, then what Pillow reads besides.
-IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp", "jpe", "jfif", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm")
+from data.samples import IMAGE_EXTENSIONS, RawSample, SampleError
 
 
 class PrepareConfig(Protocol):

@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.check_shards", description=__doc__)
     parser.add_argument("shards", help="as --train-data: braces {000..123}, several joined by ::, s3://, pipe:, CSV")
     parser.add_argument("--model", default="ViT-B-32", help="whose context length and image size count")
-    parser.add_argument("--dataset-type", default="auto", choices=("auto", "webdataset", "csv"))
+    parser.add_argument("--dataset-type", default="auto", choices=("auto", "webdataset", "csv", "folder"))
     parser.add_argument("--caption-key", nargs="+", default=["txt"], help="txt, or json:FIELD; several are drawn from")
     parser.add_argument("--caption-probs", nargs="+", type=float, default=[], help="how often each key is drawn")
     parser.add_argument("--where", help="as for a run, e.g. \"NSFW in ['UNLIKELY'] and similarity > 0.3\"")

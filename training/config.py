@@ -35,7 +35,9 @@ class DataConfig:
     train_num_samples: int | None = option(None, "samples in an epoch; needed where shard sizes are not known")
     val_data: str | None = option(None, "image-text pairs for retrieval and loss, same forms as --train-data")
     val_num_samples: int | None = option(None, "number of pairs in --val-data; another count found is an error")
-    dataset_type: str = option("auto", "how to read the data", choices=("auto", "webdataset", "csv", "synthetic"))
+    dataset_type: str = option(
+        "auto", "how to read the data", choices=("auto", "webdataset", "csv", "folder", "synthetic")
+    )
     dataset_resampled: bool = option(False, "draw shards with replacement")
     csv_separator: str = option("\t", "column separator of a CSV list")
     csv_img_key: str = option("filepath", "column of image paths")
