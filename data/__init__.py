@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from data.augment import AugmentConfig, parse_aug_cfg
     from data.batch import Batch, LaneCursor, Position
+    from data.captions import CaptionConfig
     from data.catalog import Catalog, open_catalog
     from data.config import LoaderConfig
     from data.csv_source import CsvConfig, csv_shards
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from data.errors import DataConfigError, DataError, ShardError, StorageError, TarError
     from data.eval_reader import EvalBatch, class_names_of, read_labelled, read_pairs, templates_of
     from data.files import read_file, write_file
+    from data.folder_source import folder_shards
     from data.loader import TrainLoader, build_train_loader, run_preflight
     from data.order import lanes_per_rank
     from data.preflight import PreflightReport, preflight
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "augment": ("AugmentConfig", "parse_aug_cfg"),
     "batch": ("Batch", "LaneCursor", "Position"),
+    "captions": ("CaptionConfig",),
     "catalog": ("Catalog", "open_catalog"),
     "config": ("LoaderConfig",),
     "csv_source": ("CsvConfig", "csv_shards"),
@@ -41,6 +44,7 @@ _HOMES = {
     "errors": ("DataConfigError", "DataError", "ShardError", "StorageError", "TarError"),
     "eval_reader": ("EvalBatch", "class_names_of", "read_labelled", "read_pairs", "templates_of"),
     "files": ("read_file", "write_file"),
+    "folder_source": ("folder_shards",),
     "loader": ("TrainLoader", "build_train_loader", "run_preflight"),
     "order": ("lanes_per_rank",),
     "preflight": ("PreflightReport", "preflight"),
@@ -60,6 +64,7 @@ __all__ = [
     "AugmentConfig",
     "Batch",
     "ByteStream",
+    "CaptionConfig",
     "Catalog",
     "CsvConfig",
     "DataConfigError",
@@ -89,6 +94,7 @@ __all__ = [
     "csv_shards",
     "dataset_type_of",
     "expand_sources",
+    "folder_shards",
     "index_url",
     "is_local",
     "is_pipe",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from data.csv_source import CsvConfig, CsvFields, csv_shards
 from data.errors import DataConfigError
+from data.folder_source import folder_shards
 from data.mixture import is_mixture, read_mixture
 from data.sizes import count_samples
 from data.synthetic import synthetic_shards
@@ -17,7 +18,7 @@ from data.urls import Source, dataset_type_of, expand_sources
 class Catalog:
     """What is to be read. `sizes`: samples of each shard in the order of the sources' URLs, None where unknown."""
 
-    dataset_type: str  # webdataset, csv or synthetic
+    dataset_type: str  # webdataset, csv, folder or synthetic
     sources: tuple[Source, ...]
     sizes: tuple[int, ...] | None
 
@@ -46,18 +47,24 @@ def open_catalog(
     """The catalog of `--train-data` and `--dataset-type`; `num_samples` is the length of a synthetic set.
 
     With `count=False` tars are not counted: shards drawn with replacement need no counts, and walking many
-    thousands of local tars takes minutes. Raises DataConfigError as `expand_sources` and `csv_shards` do.
+    thousands of local tars takes minutes. Raises DataConfigError as `expand_sources`, `csv_shards` and
+    `folder_shards` do.
     """
     if dataset_type == "synthetic":
         source, sizes = synthetic_shards(num_samples or 0)
         return Catalog(dataset_type, (source,), sizes)
     if not train_data:
         raise DataConfigError("--train-data is missing: name shards, a CSV list, or choose --dataset-type synthetic")
-    sources = _mixed_sources(train_data, factors) if is_mixture(train_data) else expand_sources(train_data, factors)
+    if is_mixture(train_data):
+        sources = _mixed_sources(train_data, factors)
+    else:
+        sources = expand_sources(train_data, factors, dataset_type)
     named = "::".join(source.urls[0] for source in sources) if is_mixture(train_data) else train_data
     kind = dataset_type_of(named) if dataset_type == "auto" else dataset_type
     if kind == "csv":
         return Catalog(kind, *csv_shards(sources, csv_fields or CsvConfig()))
+    if kind == "folder":
+        return Catalog(kind, *folder_shards(sources))
     return Catalog(kind, sources, count_samples(sources) if count else None)
 
 

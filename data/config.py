@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from data.captions import CaptionConfig
+
 if TYPE_CHECKING:
     from data.augment import AugmentConfig
     from data.urls import Source
@@ -31,13 +33,13 @@ class LoaderConfig:
     sources: tuple[Source, ...]
     batch_size: int
     image_size: tuple[int, int]  # height, width
-    dataset_type: str = "webdataset"  # webdataset, csv or synthetic
+    dataset_type: str = "webdataset"  # webdataset, csv, folder or synthetic
     resampled: bool = False
     workers: int = 0
     seed: int = 0
     interpolation: str = "bicubic"
     aug: AugmentConfig = field(default_factory=_default_augmentation)
-    caption_key: str = "txt"
+    captions: CaptionConfig = CaptionConfig()
     where: str | None = None
     shuffle_budget_mib: int = 256  # of each worker
     max_image_pixels: int = 100_000_000

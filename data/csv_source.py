@@ -16,8 +16,7 @@ from typing import IO, Protocol
 
 from data.errors import DataConfigError, StorageError
 from data.files import open_binary, read_file
-from data.prepare import IMAGE_EXTENSIONS
-from data.samples import RawSample
+from data.samples import IMAGE_EXTENSIONS, RawSample
 from data.urls import Source, is_local, local_path, mask_url
 
 ROWS_PER_SHARD = 1000

@@ -2,7 +2,7 @@
 
 Rank r of w reads the samples whose number leaves r when divided by w. Formats: tars as CLIP_benchmark lays
 them out (`test/nshards.txt`, `test/0.tar`..., `classnames.txt`, `zeroshot_classification_templates.txt`), a
-folder or list of tars, an image folder with one folder a class, a CSV of pairs. A picture that cannot be
+folder or list of tars, an image folder with one folder a class, lists and folders of pairs. A picture that cannot be
 decoded is an error here: a score over fewer samples is another score.
 """
 
@@ -19,13 +19,14 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from data.captions import caption_of
+from data.captions import CaptionConfig, caption_of
 from data.csv_source import CsvConfig, CsvFields, CsvReader, csv_shards
 from data.decode import decode_rgb
 from data.errors import DataConfigError, DataError, ShardError, StorageError
 from data.files import read_file
-from data.prepare import IMAGE_EXTENSIONS, image_of
-from data.samples import RawSample, SampleError
+from data.folder_source import FolderReader, folder_shards
+from data.prepare import image_of
+from data.samples import IMAGE_EXTENSIONS, RawSample, SampleError
 from data.storage import open_stream
 from data.tar import read_samples
 from data.urls import Source, dataset_type_of, expand_sources, is_local, is_pipe, local_path, mask_url
@@ -69,7 +70,7 @@ def read_pairs(
     caption_key: str = "txt",
     csv_fields: CsvFields | None = None,
 ) -> Iterator[EvalBatch]:
-    """This rank's batches of an image-caption set: shards (any form of `--train-data`) or a CSV or TSV list.
+    """This rank's batches of an image-caption set: any form of `--train-data`.
 
     `workers` threads decode and transform. Raises DataConfigError when the set is not there, DataError naming
     the sample when a picture or caption is missing or broken.
@@ -149,7 +150,13 @@ def _load(item: _Item, transform: Transform) -> torch.Tensor:
 def _pairs(url: str | Source, caption_key: str, csv_fields: CsvFields) -> Iterator[_Item]:
     sources = (url,) if isinstance(url, Source) else expand_sources(url)
     shards = [shard for source in sources for shard in source.urls]
-    if dataset_type_of("::".join(shards[:1])) == "csv":
+    kind = dataset_type_of("::".join(shards[:1]))
+    if kind == "folder":
+        cut, _ = folder_shards(sources)
+        folders = FolderReader(CaptionConfig((caption_key,)).extensions)
+        found = (raw for source in cut for shard in source.urls for raw in folders.read(shard))
+        return _items(found, lambda raw: caption_of(raw, caption_key))
+    if kind == "csv":
         cut, _ = csv_shards(sources, csv_fields)
         reader = CsvReader(csv_fields)
         samples: Iterator[RawSample] = (raw for source in cut for shard in source.urls for raw in reader.read(shard))

@@ -119,7 +119,7 @@ def preflight(
     if where is not None and not report.seen:
         raise DataConfigError(_nothing_kept(report, where))
     if not valid:
-        raise DataConfigError(_nothing_valid(report, preparer.config.caption_key))
+        raise DataConfigError(_nothing_valid(report, preparer.config.captions.names))
     _measure_captions(valid, tokenize, report)
     return report
 
@@ -227,14 +227,14 @@ def _nothing_kept(report: PreflightReport, where: Filter) -> str:
     return f"--where keeps none of {report.num_read} samples looked at; {missing}fields of their records: {known}"
 
 
-def _nothing_valid(report: PreflightReport, caption_key: str) -> str:
+def _nothing_valid(report: PreflightReport, caption_keys: str) -> str:
     fields = ", ".join(sorted(report.fields)) or "none"
     if not report.seen:
         return f"--train-data: the shards looked at hold no samples ({', '.join(report.shards[:_SHOWN])})"
     reason, _ = report.skipped.most_common(1)[0]
     known = {
-        "no_caption": f"no sample has a caption under {caption_key!r} (--caption-key)",
-        "empty_caption": f"the captions under {caption_key!r} are empty",
+        "no_caption": f"no sample has a caption under {caption_keys} (--caption-key)",
+        "empty_caption": f"the captions under {caption_keys} are empty",
         "no_image": "no sample has an image",
     }
     plain = known.get(reason, f"e.g. {report.details[reason]}")

@@ -12,13 +12,10 @@ from typing import Protocol
 import torch
 
 from data.augment import AugmentConfig, draw_augmentations, sample_crop
-from data.captions import caption_of
+from data.captions import CaptionConfig, draw_caption
 from data.decode import decode_rgb, resize_crop
 from data.randomness import KeyedRandom
-from data.samples import RawSample, SampleError
-
-# OpenCLIP's four in its order of preference, then what Pillow reads besides.
-IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp", "jpe", "jfif", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm")
+from data.samples import IMAGE_EXTENSIONS, RawSample, SampleError
 
 
 class PrepareConfig(Protocol):
@@ -34,7 +31,7 @@ class PrepareConfig(Protocol):
     def aug(self) -> AugmentConfig: ...
 
     @property
-    def caption_key(self) -> str: ...
+    def captions(self) -> CaptionConfig: ...
 
     @property
     def max_image_pixels(self) -> int: ...
@@ -66,9 +63,8 @@ class Preparer:
     def prepare(self, raw: RawSample, random_key: tuple[int | str, ...]) -> Prepared:
         """The sample under the draws of `random_key`; SampleError when it cannot be used."""
         config = self.config
-        caption = caption_of(
-            raw, config.caption_key
-        )  # Before the picture: decoding for nothing is the dearest way to skip.
+        # Before the picture: decoding for nothing is the dearest way to skip.
+        caption = draw_caption(raw, config.captions, random_key)
         image = decode_rgb(image_of(raw), config.max_image_pixels)
         random = KeyedRandom("prepare", *random_key)
         box = sample_crop(image.shape[0], image.shape[1], config.aug, random)

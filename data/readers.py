@@ -77,11 +77,16 @@ def read_from(reader: ShardReader, url: str, start: int, stop: int | None, offse
 
 
 def with_shards(config: LoaderConfig) -> LoaderConfig:
-    """`config` with lists and synthetic sets cut into the virtual shards that their readers understand."""
+    """`config` with lists, folders and synthetic sets cut into the virtual shards that their readers understand."""
     if config.dataset_type == "csv" and not _is_cut(config):
         from data.csv_source import csv_shards
 
         sources, sizes = csv_shards(config.sources, config)
+        return dataclasses.replace(config, sources=sources, sizes=sizes)
+    if config.dataset_type == "folder" and not _is_cut(config):
+        from data.folder_source import folder_shards
+
+        sources, sizes = folder_shards(config.sources)
         return dataclasses.replace(config, sources=sources, sizes=sizes)
     if config.dataset_type == "synthetic" and not config.sources:
         from data.synthetic import synthetic_shards
@@ -92,8 +97,8 @@ def with_shards(config: LoaderConfig) -> LoaderConfig:
 
 
 def _is_cut(config: LoaderConfig) -> bool:
-    """Whether the sources of a CSV set are virtual shards already."""
-    return any("#rows=" in url for url in config.urls)
+    """Whether the sources of a set of lists or folders are virtual shards already."""
+    return any("#rows=" in url or "#pictures=" in url for url in config.urls)
 
 
 def build_reader(
@@ -106,8 +111,18 @@ def build_reader(
         from data.csv_source import CsvReader
 
         return CsvReader(config)
+    if config.dataset_type == "folder":
+        from data.folder_source import FolderReader
+
+        return FolderReader(_members_of(config))
     if config.dataset_type == "synthetic":
         from data.synthetic import SyntheticReader
 
         return SyntheticReader(config.image_size)
-    raise DataConfigError(f"--dataset-type {config.dataset_type}: known are webdataset, csv, synthetic")
+    raise DataConfigError(f"--dataset-type {config.dataset_type}: known are webdataset, csv, folder, synthetic")
+
+
+def _members_of(config: LoaderConfig) -> tuple[str, ...]:
+    """The extensions, besides the picture's, that a sample needs."""
+    extensions = config.captions.extensions
+    return extensions if config.where is None or "json" in extensions else (*extensions, "json")

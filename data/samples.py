@@ -6,6 +6,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+# OpenCLIP's four in its order of preference, then what Pillow reads besides.
+IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp", "jpe", "jfif", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm")
+
 
 class SampleId(NamedTuple):
     """Where a sample stands in a run's order: enough to key its random draws and to find it again."""

@@ -1,12 +1,13 @@
 """What `--train-data` names: sources, and the shards in each. Opens nothing; looks at local paths only.
 
 `::` joins sources, braces expand (inside `pipe:` commands too), a local directory stands for its `*.tar`
-files and a local pattern with `*` for what it matches.
+files, or without any for the pictures in it, and a local pattern with `*` for what it matches.
 """
 
 from __future__ import annotations
 
 import glob
+import itertools
 import math
 import os
 import re
@@ -17,9 +18,11 @@ from urllib.parse import urlsplit
 from braceexpand import braceexpand
 
 from data.errors import DataConfigError
+from data.samples import IMAGE_EXTENSIONS
 
 _CHECK_ALL_BELOW = 10_000  # looking at every file of a longer list would hold up the start on network disks
 _NUM_PROBES = 200
+_FOLDERS_LOOKED_AT = 1000  # for a picture
 _TAR = (".tar", ".tar.gz", ".tgz")
 _TABLE = (".csv", ".tsv")
 
@@ -38,9 +41,10 @@ class Source:
     proportion: float | None = None
 
 
-def expand_sources(train_data: str, factors: str | None = None) -> tuple[Source, ...]:
-    """The sources of `train_data`, each with at least one shard.
+def expand_sources(train_data: str, factors: str | None = None, dataset_type: str = "auto") -> tuple[Source, ...]:
+    """The sources of `train_data`, each with at least one shard, list or folder of pictures.
 
+    Directories are folders of pictures if `dataset_type` says "folder", or "auto" and they hold no tar.
     Raises DataConfigError when a part names nothing, local files are missing (how many, and the first), or
     `factors` ("1::2") are not as many positive numbers as there are sources.
     """
@@ -48,13 +52,13 @@ def expand_sources(train_data: str, factors: str | None = None) -> tuple[Source,
     weights = _parse_factors(factors, len(patterns))
     names = _unique([_short_name(pattern) for pattern in patterns])
     return tuple(
-        Source(name, _expand(pattern.strip()), weight)
+        Source(name, _expand(pattern.strip(), dataset_type), weight)
         for name, pattern, weight in zip(names, patterns, weights, strict=True)
     )
 
 
 def dataset_type_of(train_data: str) -> str:
-    """What `--dataset-type auto` means for `train_data`: "webdataset" or "csv"; DataConfigError if neither."""
+    """What `--dataset-type auto` means for `train_data`: webdataset, csv or folder; DataConfigError if none of them."""
     kinds = {_kind_of(pattern.strip()) for pattern in train_data.split("::")}
     if len(kinds) > 1:
         raise DataConfigError(
@@ -112,20 +116,20 @@ def _positive(text: str) -> float:
     return value
 
 
-def _expand(pattern: str) -> tuple[str, ...]:
+def _expand(pattern: str, dataset_type: str) -> tuple[str, ...]:
     if not pattern:
         raise DataConfigError("--train-data: an empty source; write one path or URL on each side of ::")
     try:
-        urls = [url for expanded in braceexpand(pattern) for url in _expand_local(expanded)]
+        urls = [url for expanded in braceexpand(pattern) for url in _expand_local(expanded, dataset_type)]
     except ValueError as error:
         raise DataConfigError(f"--train-data {mask_url(pattern)}: braces do not match ({error})") from error
     if not urls:
-        raise DataConfigError(f"--train-data {mask_url(pattern)}: matches no file{_looked_at(pattern)}")
+        raise DataConfigError(f"--train-data {mask_url(pattern)}: matches no file{_looked_at(pattern, dataset_type)}")
     _check_present(pattern, urls)
     return tuple(urls)
 
 
-def _expand_local(url: str) -> list[str]:
+def _expand_local(url: str, dataset_type: str) -> list[str]:
     """Directories and `*` patterns become files; everything else stays as it is."""
     if not is_local(url):
         if not is_pipe(url) and "*" in urlsplit(url).path:
@@ -135,21 +139,37 @@ def _expand_local(url: str) -> list[str]:
         return [url]
     path = local_path(url)
     if os.path.isdir(path):
-        return sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
+        is_folder = dataset_type == "folder" or (dataset_type == "auto" and _is_picture_folder(path))
+        return [path] if is_folder else _tars_in(path)
     if not os.path.exists(path) and any(sign in path for sign in "*?["):
         return sorted(glob.glob(path))
     return [path]
 
 
-def _looked_at(pattern: str) -> str:
+def _tars_in(path: str) -> list[str]:
+    return sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
+
+
+def _is_picture_folder(path: str) -> bool:
+    """Whether a directory holds no tar and, somewhere below, a picture."""
+    if _tars_in(path):
+        return False
+    for _, _, names in itertools.islice(os.walk(path, followlinks=True), _FOLDERS_LOOKED_AT):
+        if any(name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS for name in names):
+            return True
+    return False
+
+
+def _looked_at(pattern: str, dataset_type: str) -> str:
     path = local_path(pattern)
-    return f" (the directory {path} holds no *.tar)" if os.path.isdir(path) else ""
+    wanted = "no *.tar and no picture" if dataset_type == "auto" else "no *.tar"
+    return f" (the directory {path} holds {wanted})" if os.path.isdir(path) else ""
 
 
 def _check_present(pattern: str, urls: Sequence[str]) -> None:
     local = [url for url in urls if is_local(url)]
     probed = local if len(local) <= _CHECK_ALL_BELOW else _spread(local, _NUM_PROBES)
-    missing = [path for path in probed if not os.path.isfile(path)]
+    missing = [path for path in probed if not os.path.exists(path)]
     if missing:
         total = f"{len(missing)} of {len(probed)} files" + (" looked at" if len(probed) < len(local) else "")
         expanded = "" if pattern == missing[0] else f" (expands to {len(urls)} shards)"
@@ -163,13 +183,15 @@ def _spread(items: Sequence[str], count: int) -> list[str]:
 
 def _kind_of(pattern: str) -> str:
     path = urlsplit(pattern).path if "://" in pattern and not is_pipe(pattern) else pattern
-    if is_pipe(pattern) or path.lower().endswith(_TAR) or (is_local(pattern) and os.path.isdir(local_path(pattern))):
+    if is_local(pattern) and os.path.isdir(local_path(pattern)):
+        return "folder" if _is_picture_folder(local_path(pattern)) else "webdataset"
+    if is_pipe(pattern) or path.lower().endswith(_TAR):
         return "webdataset"
     if path.lower().endswith(_TABLE):
         return "csv"
     raise DataConfigError(
-        f"--train-data {mask_url(pattern)}: cannot tell what this is (known: .tar shards, pipe:, a directory of .tar, "
-        ".csv, .tsv); give --dataset-type"
+        f"--train-data {mask_url(pattern)}: cannot tell what this is (known: .tar shards, pipe:, a directory of .tar "
+        "or of pictures, .csv, .tsv); give --dataset-type"
     )
 
 

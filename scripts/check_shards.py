@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from data import DataError, LoaderConfig, open_catalog, run_preflight
+from data import CaptionConfig, DataError, LoaderConfig, Where, open_catalog, run_preflight
 from models import ConfigError, get_tokenizer, load_model_config
 
 
@@ -15,10 +15,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.check_shards", description=__doc__)
     parser.add_argument("shards", help="as --train-data: braces {000..123}, several joined by ::, s3://, pipe:, CSV")
     parser.add_argument("--model", default="ViT-B-32", help="whose context length and image size count")
-    parser.add_argument("--dataset-type", default="auto", choices=("auto", "webdataset", "csv"))
-    parser.add_argument("--caption-key", default="txt", help="txt, or json:FIELD")
+    parser.add_argument("--dataset-type", default="auto", choices=("auto", "webdataset", "csv", "folder"))
+    parser.add_argument("--caption-key", nargs="+", default=["txt"], help="txt, or json:FIELD; several are drawn from")
+    parser.add_argument("--caption-probs", nargs="+", type=float, default=[], help="how often each key is drawn")
+    parser.add_argument("--where", help="as for a run, e.g. \"NSFW in ['UNLIKELY'] and similarity > 0.3\"")
     args = parser.parse_args(argv)
     try:
+        if args.where is not None:
+            Where.parse(args.where)
         size = load_model_config(args.model).preprocess.size
         catalog = open_catalog(args.shards, dataset_type=args.dataset_type, count=False)
         config = LoaderConfig(
@@ -26,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             dataset_type=catalog.dataset_type,
             batch_size=1,
             image_size=(size, size) if isinstance(size, int) else size,
-            caption_key=args.caption_key,
+            captions=CaptionConfig(tuple(args.caption_key), tuple(args.caption_probs)),
+            where=args.where,
         )
         print(run_preflight(config, get_tokenizer(args.model)))
     except (DataError, ConfigError) as error:

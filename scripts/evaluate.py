@@ -65,7 +65,7 @@ def _data_config(args: argparse.Namespace) -> DataConfig:
     return DataConfig(
         val_data=args.val_data,
         val_num_samples=args.val_num_samples,
-        caption_key=args.caption_key,
+        caption_key=(args.caption_key,),
         csv_separator=args.csv_separator,
         csv_img_key=args.csv_img_key,
         csv_caption_key=args.csv_caption_key,

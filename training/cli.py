@@ -116,12 +116,18 @@ def _argument(setting: Setting) -> dict[str, Any]:
     if setting.kind is bool:
         return {"action": argparse.BooleanOptionalAction, "help": help, "dest": setting.name}
     if setting.default not in (None, "", ()):
-        help += f" (default: {setting.default!r})" if setting.default == "\t" else f" (default: {setting.default})"
+        help += f" (default: {_shown(setting.default)})"
     spec: dict[str, Any] = {"help": help, "dest": setting.name, "type": _Decoder(setting)}
     spec["metavar"] = "{" + ",".join(setting.choices) + "}" if setting.choices else setting.kind.__name__.upper()
     if setting.is_tuple:
         spec |= {"nargs": "+", "action": _StoreTuple}
     return spec
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, tuple):
+        return " ".join(map(str, default))
+    return repr(default) if default == "\t" else str(default)
 
 
 class _StoreTuple(argparse.Action):

@@ -35,12 +35,17 @@ class DataConfig:
     train_num_samples: int | None = option(None, "samples in an epoch; needed where shard sizes are not known")
     val_data: str | None = option(None, "image-text pairs for retrieval and loss, same forms as --train-data")
     val_num_samples: int | None = option(None, "number of pairs in --val-data; another count found is an error")
-    dataset_type: str = option("auto", "how to read the data", choices=("auto", "webdataset", "csv", "synthetic"))
+    dataset_type: str = option(
+        "auto", "how to read the data", choices=("auto", "webdataset", "csv", "folder", "synthetic")
+    )
     dataset_resampled: bool = option(False, "draw shards with replacement")
     csv_separator: str = option("\t", "column separator of a CSV list")
     csv_img_key: str = option("filepath", "column of image paths")
     csv_caption_key: str = option("title", "column of captions")
-    caption_key: str = option("txt", "where the caption is: txt, or a field of the sample's json as json:FIELD")
+    caption_key: tuple[str, ...] = option(
+        ("txt",), "where captions are: txt, or a field of the sample's json as json:FIELD; of several, one is drawn"
+    )
+    caption_probs: tuple[float, ...] = option((), "how often each key of --caption-key is drawn; equally if absent")
     where: str | None = option(
         None, "keep samples by fields of their json, e.g. \"NSFW in ['UNLIKELY'] and similarity > 0.3\""
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from data.captions import CaptionConfig
 from data.errors import DataConfigError
 from data.where import Where
 from models.errors import ConfigError
@@ -68,10 +69,9 @@ def _data(config: TrainConfig) -> Iterator[str]:
         yield "--train-data-upsampling-factors needs --dataset-resampled: factors are frequencies of drawing"
     if data.dataset_type == "synthetic" and data.train_num_samples is None:
         yield "--dataset-type synthetic needs --train-num-samples"
-    if data.caption_key != "txt" and not data.caption_key.startswith("json:"):
-        yield f"--caption-key is txt or json:FIELD, got {data.caption_key!r}"
-    if data.where is not None:
-        yield from _where(data.where)
+    yield from _refused(lambda: CaptionConfig(data.caption_key, data.caption_probs))
+    if (where := data.where) is not None:
+        yield from _refused(lambda: Where.parse(where))
     if len(config.model.force_image_size) > 2:
         yield "--force-image-size takes one side, or height and width"
     for name, values in (("image-mean", config.image.image_mean), ("image-std", config.image.image_std)):
@@ -79,9 +79,10 @@ def _data(config: TrainConfig) -> Iterator[str]:
             yield f"--{name} takes three numbers"
 
 
-def _where(text: str) -> Iterator[str]:
+def _refused(build: Callable[[], object]) -> Iterator[str]:
+    """What `data` has to say against a setting that it understands better."""
     try:
-        Where.parse(text)
+        build()
     except DataConfigError as error:
         yield str(error)
 

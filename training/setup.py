@@ -176,7 +176,7 @@ def loader_config(
         image_size=(height, width),
         interpolation=preprocess.interpolation,
         aug=data.parse_aug_cfg(config.image.aug_cfg),
-        caption_key=section.caption_key,
+        captions=data.CaptionConfig(section.caption_key, section.caption_probs),
         where=section.where,
         shuffle_budget_mib=section.shuffle_budget_mib,
         max_image_pixels=section.max_image_pixels,

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.augment import AugmentConfig
 from data.batch import Batch, Position
+from data.captions import CaptionConfig
 from data.config import LoaderConfig
 from data.errors import DataConfigError, DataError
 from data.loader import TrainLoader, _assemble, build_train_loader, run_preflight
@@ -24,7 +26,7 @@ from data.storage import Retry
 from data.urls import Source
 from data.worker import Worker
 from tests.data.faulty_server import serve
-from tests.helpers.shards import cut_tar, write_shards
+from tests.helpers.shards import cut_tar, make_sample, write_shards
 
 Shards = Callable[..., list[Path]]
 SIZES = (1, 7, 100)
@@ -388,3 +390,23 @@ def test_nothing_to_read_is_refused(three_shards: tuple[str, ...]) -> None:
     ):
         with pytest.raises(DataConfigError, match=reason):
             build(config_of(three_shards, **changes))
+
+
+def test_of_several_captions_one_is_drawn_and_again_after_a_resume(tmp_path: Path) -> None:
+    with webdataset.TarWriter(str(tmp_path / "a.tar"), encoder=False) as writer:
+        for index in range(40):
+            fields = make_sample(index, caption=f"short {index}", image_size=16)
+            writer.write({"__key__": str(index), **fields, "long": f"long {1000 + index}".encode()})
+    config = config_of(
+        [tmp_path / "a.tar"], batch_size=10, sizes=(40,), captions=CaptionConfig(("txt", "long"), (1.0, 3.0))
+    )
+    with build(config) as loader:
+        first = take(loader, 2)
+        position = loader.position()
+        second = take(loader, 2)
+    with build(config, position=position) as loader:
+        assert all(equal(a, b) for a, b in zip(take(loader, 2), second, strict=True))
+    keys = [int(key) for batch in (*first, *second) for key in batch.keys]
+    drawn = numbers([*first, *second])
+    assert [number % 1000 for number in drawn] == keys and sorted(keys) == list(range(40))
+    assert 20 < sum(number >= 1000 for number in drawn) < 40

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from data.augment import AugmentConfig
+from data.captions import CaptionConfig
 from data.errors import DataConfigError
 from data.preflight import PreflightReport, preflight
 from data.prepare import Preparer
@@ -27,7 +28,7 @@ class Config:
     image_size: tuple[int, int] = (16, 16)
     interpolation: str = "bicubic"
     aug: AugmentConfig = AugmentConfig()
-    caption_key: str = "txt"
+    captions: CaptionConfig = CaptionConfig()
     max_image_pixels: int = 10**6
 
 
@@ -42,8 +43,14 @@ class WordTokenizer:
         return torch.tensor([row + [0] * (6 - len(row)) for row in rows])
 
 
-def look(train_data: str, caption_key: str = "txt", where: str | None = None, **options: int) -> PreflightReport:
-    preparer = Preparer(Config(caption_key=caption_key))
+def look(
+    train_data: str,
+    caption_key: str = "txt",
+    more_keys: tuple[str, ...] = (),
+    where: str | None = None,
+    **options: int,
+) -> PreflightReport:
+    preparer = Preparer(Config(captions=CaptionConfig((caption_key, *more_keys))))
     keeps = None if where is None else Filter(Where.parse(where))
     return preflight(expand_sources(train_data), TarReader(), preparer, WordTokenizer(), where=keeps, **options)
 
@@ -124,6 +131,8 @@ def test_a_caption_key_that_no_sample_has_is_named(shards: Shards) -> None:
     assert look(str(folder), caption_key="json:alt").valid == 3
     with pytest.raises(DataConfigError, match="under 'json:caption'"):
         look(str(folder), caption_key="json:caption")
+    with pytest.raises(DataConfigError, match=r"under 'json:caption', 'cap' \(--caption-key\)"):
+        look(str(folder), caption_key="json:caption", more_keys=("cap",))
 
 
 def test_shards_that_are_no_tars_or_hold_nothing_are_refused(tmp_path: Path, shards: Shards) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from data.augment import AugmentConfig, sample_crop
+from data.captions import CaptionConfig
 from data.decode import decode_rgb, resize_crop
 from data.prepare import Prepared, Preparer
 from data.randomness import KeyedRandom
@@ -19,7 +20,7 @@ class Config:
     image_size: tuple[int, int] = (32, 32)
     interpolation: str = "bicubic"
     aug: AugmentConfig = AugmentConfig(re_prob=0.5, color_jitter=0.4)
-    caption_key: str = "txt"
+    captions: CaptionConfig = CaptionConfig()
     max_image_pixels: int = 10**6
 
 

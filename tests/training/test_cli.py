@@ -90,6 +90,17 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     assert config.image.aug_cfg == ("scale=(0.4, 1.0)",)
 
 
+def test_captions_have_one_key_or_several(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("train_data: x.tar\ncaption_key: json:alt\n")
+    assert parse_args(["--config", str(path)]).data.caption_key == ("json:alt",)
+    path.write_text("train_data: x.tar\ncaption_key: [txt, 'json:alt']\ncaption_probs: [0.25, 0.75]\n")
+    config = parse_args(["--config", str(path)])
+    assert (config.data.caption_key, config.data.caption_probs) == (("txt", "json:alt"), (0.25, 0.75))
+    config = parse_args(["--train-data", "x.tar", "--caption-key", "txt", "json:a", "--caption-probs", "1", "3"])
+    assert (config.data.caption_key, config.data.caption_probs) == (("txt", "json:a"), (1.0, 3.0))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -120,6 +131,11 @@ def test_a_mistake_in_the_file_names_file_key_and_cure(tmp_path: Path, content: 
         (["--train-data", "a.tar", "--accum-freq", "2", "--ddp-static-graph"], "no_sync silently stops"),
         (["--train-data", "a.tar", "--train-data-upsampling-factors", "1"], "needs --dataset-resampled"),
         (["--train-data", "a.tar", "--lr-scheduler", "const-cooldown"], "needs --epochs-cooldown"),
+        (
+            ["--train-data", "a.tar", "--caption-key", "txt", "json:a", "--caption-probs", "1"],
+            "1 values for the 2",
+        ),
+        (["--train-data", "a.tar", "--caption-key", "txt", "txt"], "--caption-key names 'txt' twice"),
         (["--train-data", "a.tar", "--where", "similarity > 0.3 and f(x)"], r"--where .* character 22: 'f\(x\)'"),
     ],
 )

@@ -133,7 +133,7 @@ class Evaluator:
             *(rank, size, transform),
             batch_size=batch_size,
             workers=workers,
-            caption_key=data.caption_key,
+            caption_key=data.caption_key[0],
             csv_fields=data,
         )
 
