@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from data.captions import CaptionConfig
     from data.catalog import Catalog, open_catalog
     from data.config import LoaderConfig
-    from data.csv_source import CsvConfig, csv_shards
     from data.device import DeviceTransform
     from data.errors import DataConfigError, DataError, ShardError, StorageError, TarError
     from data.eval_reader import EvalBatch, class_names_of, read_labelled, read_pairs, templates_of
@@ -23,12 +22,14 @@ if TYPE_CHECKING:
     from data.loader import TrainLoader, build_train_loader, run_preflight
     from data.order import lanes_per_rank
     from data.preflight import PreflightReport, preflight
+    from data.rows import CsvConfig
     from data.samples import RawSample, SampleError, SampleId
     from data.shard_index import ShardIndex, build_index, index_url
     from data.sizes import count_samples, total_samples
     from data.stats import LoaderStats, source_epochs
     from data.storage import ByteStream, open_stream, probe
     from data.synthetic import synthetic_shards
+    from data.table import table_shards
     from data.tar import read_samples
     from data.urls import Source, dataset_type_of, expand_sources, is_local, is_pipe, local_path, mask_url
     from data.where import Filter, Where
@@ -39,7 +40,6 @@ _HOMES = {
     "captions": ("CaptionConfig",),
     "catalog": ("Catalog", "open_catalog"),
     "config": ("LoaderConfig",),
-    "csv_source": ("CsvConfig", "csv_shards"),
     "device": ("DeviceTransform",),
     "errors": ("DataConfigError", "DataError", "ShardError", "StorageError", "TarError"),
     "eval_reader": ("EvalBatch", "class_names_of", "read_labelled", "read_pairs", "templates_of"),
@@ -48,12 +48,14 @@ _HOMES = {
     "loader": ("TrainLoader", "build_train_loader", "run_preflight"),
     "order": ("lanes_per_rank",),
     "preflight": ("PreflightReport", "preflight"),
+    "rows": ("CsvConfig",),
     "samples": ("RawSample", "SampleError", "SampleId"),
     "shard_index": ("ShardIndex", "build_index", "index_url"),
     "sizes": ("count_samples", "total_samples"),
     "stats": ("LoaderStats", "source_epochs"),
     "storage": ("ByteStream", "open_stream", "probe"),
     "synthetic": ("synthetic_shards",),
+    "table": ("table_shards",),
     "tar": ("read_samples",),
     "urls": ("Source", "dataset_type_of", "expand_sources", "is_local", "is_pipe", "local_path", "mask_url"),
     "where": ("Filter", "Where"),
@@ -91,7 +93,6 @@ __all__ = [
     "build_train_loader",
     "class_names_of",
     "count_samples",
-    "csv_shards",
     "dataset_type_of",
     "expand_sources",
     "folder_shards",
@@ -113,6 +114,7 @@ __all__ = [
     "run_preflight",
     "source_epochs",
     "synthetic_shards",
+    "table_shards",
     "templates_of",
     "total_samples",
     "write_file",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from data.csv_source import CsvConfig, CsvFields, csv_shards
 from data.errors import DataConfigError
 from data.folder_source import folder_shards
 from data.mixture import is_mixture, read_mixture
+from data.rows import CsvConfig, CsvFields
 from data.sizes import count_samples
 from data.synthetic import synthetic_shards
+from data.table import table_shards
 from data.urls import Source, dataset_type_of, expand_sources
 
 
@@ -47,14 +48,16 @@ def open_catalog(
     """The catalog of `--train-data` and `--dataset-type`; `num_samples` is the length of a synthetic set.
 
     With `count=False` tars are not counted: shards drawn with replacement need no counts, and walking many
-    thousands of local tars takes minutes. Raises DataConfigError as `expand_sources`, `csv_shards` and
+    thousands of local tars takes minutes. Raises DataConfigError as `expand_sources`, `table_shards` and
     `folder_shards` do.
     """
     if dataset_type == "synthetic":
         source, sizes = synthetic_shards(num_samples or 0)
         return Catalog(dataset_type, (source,), sizes)
     if not train_data:
-        raise DataConfigError("--train-data is missing: name shards, a CSV list, or choose --dataset-type synthetic")
+        raise DataConfigError(
+            "--train-data is missing: name shards or a list of pictures, or choose --dataset-type synthetic"
+        )
     if is_mixture(train_data):
         sources = _mixed_sources(train_data, factors)
     else:
@@ -62,7 +65,7 @@ def open_catalog(
     named = "::".join(source.urls[0] for source in sources) if is_mixture(train_data) else train_data
     kind = dataset_type_of(named) if dataset_type == "auto" else dataset_type
     if kind == "csv":
-        return Catalog(kind, *csv_shards(sources, csv_fields or CsvConfig()))
+        return Catalog(kind, *table_shards(sources, csv_fields or CsvConfig()))
     if kind == "folder":
         return Catalog(kind, *folder_shards(sources))
     return Catalog(kind, sources, count_samples(sources) if count else None)

@@ -20,14 +20,16 @@ import torch
 from PIL import Image
 
 from data.captions import CaptionConfig, caption_of
-from data.csv_source import CsvConfig, CsvFields, CsvReader, csv_shards
 from data.decode import decode_rgb
 from data.errors import DataConfigError, DataError, ShardError, StorageError
 from data.files import read_file
 from data.folder_source import FolderReader, folder_shards
 from data.prepare import image_of
+from data.readers import ShardReader
+from data.rows import CsvConfig, CsvFields
 from data.samples import IMAGE_EXTENSIONS, RawSample, SampleError
 from data.storage import open_stream
+from data.table import TableReader, table_shards
 from data.tar import read_samples
 from data.urls import Source, dataset_type_of, expand_sources, is_local, is_pipe, local_path, mask_url
 
@@ -151,17 +153,24 @@ def _pairs(url: str | Source, caption_key: str, csv_fields: CsvFields) -> Iterat
     sources = (url,) if isinstance(url, Source) else expand_sources(url)
     shards = [shard for source in sources for shard in source.urls]
     kind = dataset_type_of("::".join(shards[:1]))
+    if kind == "webdataset":
+        return _items(_read_shards(shards), lambda raw: caption_of(raw, caption_key))
+    captions = CaptionConfig((caption_key,))
     if kind == "folder":
         cut, _ = folder_shards(sources)
-        folders = FolderReader(CaptionConfig((caption_key,)).extensions)
-        found = (raw for source in cut for shard in source.urls for raw in folders.read(shard))
-        return _items(found, lambda raw: caption_of(raw, caption_key))
-    if kind == "csv":
-        cut, _ = csv_shards(sources, csv_fields)
-        reader = CsvReader(csv_fields)
-        samples: Iterator[RawSample] = (raw for source in cut for shard in source.urls for raw in reader.read(shard))
-        return _items(samples, lambda raw: caption_of(raw, "txt"))
-    return _items(_read_shards(shards), lambda raw: caption_of(raw, caption_key))
+        return _items(_read_cut(cut, FolderReader(captions.extensions)), lambda raw: caption_of(raw, caption_key))
+    cut, _ = table_shards(sources, csv_fields)
+    rows = _read_cut(cut, TableReader(csv_fields, captions.json_fields))
+    return _items(rows, lambda raw: caption_of(raw, caption_key if raw.record else "txt"))
+
+
+def _read_cut(cut: tuple[Source, ...], reader: ShardReader) -> Iterator[RawSample]:
+    for source in cut:
+        for shard in source.urls:
+            try:
+                yield from reader.read(shard)
+            except ShardError as error:
+                raise DataError(f"evaluation set cannot be read: {error}") from error
 
 
 def _labelled(url: str, split: str) -> Iterator[_Item]:

@@ -79,9 +79,9 @@ def read_from(reader: ShardReader, url: str, start: int, stop: int | None, offse
 def with_shards(config: LoaderConfig) -> LoaderConfig:
     """`config` with lists, folders and synthetic sets cut into the virtual shards that their readers understand."""
     if config.dataset_type == "csv" and not _is_cut(config):
-        from data.csv_source import csv_shards
+        from data.table import table_shards
 
-        sources, sizes = csv_shards(config.sources, config)
+        sources, sizes = table_shards(config.sources, config)
         return dataclasses.replace(config, sources=sources, sizes=sizes)
     if config.dataset_type == "folder" and not _is_cut(config):
         from data.folder_source import folder_shards
@@ -108,9 +108,9 @@ def build_reader(
     if config.dataset_type == "webdataset":
         return TarReader(chunk_bytes, read_ahead, retry)
     if config.dataset_type == "csv":
-        from data.csv_source import CsvReader
+        from data.table import TableReader
 
-        return CsvReader(config)
+        return TableReader(config, _record_fields(config))
     if config.dataset_type == "folder":
         from data.folder_source import FolderReader
 
@@ -120,6 +120,16 @@ def build_reader(
 
         return SyntheticReader(config.image_size)
     raise DataConfigError(f"--dataset-type {config.dataset_type}: known are webdataset, csv, folder, synthetic")
+
+
+def _record_fields(config: LoaderConfig) -> set[str]:
+    """What captions and the filter read of a sample's record."""
+    fields = set(config.captions.json_fields)
+    if config.where is None:
+        return fields
+    from data.where import Where
+
+    return fields | Where.parse(config.where).fields
 
 
 def _members_of(config: LoaderConfig) -> tuple[str, ...]:

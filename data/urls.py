@@ -24,7 +24,7 @@ _CHECK_ALL_BELOW = 10_000  # looking at every file of a longer list would hold u
 _NUM_PROBES = 200
 _FOLDERS_LOOKED_AT = 1000  # for a picture
 _TAR = (".tar", ".tar.gz", ".tgz")
-_TABLE = (".csv", ".tsv")
+_TABLE = (".csv", ".tsv", ".parquet", ".pq")
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def _kind_of(pattern: str) -> str:
         return "csv"
     raise DataConfigError(
         f"--train-data {mask_url(pattern)}: cannot tell what this is (known: .tar shards, pipe:, a directory of .tar "
-        "or of pictures, .csv, .tsv); give --dataset-type"
+        "or of pictures, .csv, .tsv, .parquet); give --dataset-type"
     )
 
 
@@ -200,7 +200,7 @@ def _short_name(pattern: str) -> str:
     words = [word for word in pattern.split() if word.lower().endswith((*_TAR, *_TABLE))] if is_pipe(pattern) else []
     path = re.sub(r"[?#].*$", "", words[0] if words else pattern)
     for part in reversed(path.split("://")[-1].split("/")):
-        stem = re.sub(r"\{[^{}]*\.\.[^{}]*\}|\*|\.(tar|tar\.gz|tgz|csv|tsv)$", "", part, flags=re.IGNORECASE)
+        stem = re.sub(r"\{[^{}]*\.\.[^{}]*\}|\*|\.(tar|tar\.gz|tgz|csv|tsv|parquet|pq)$", "", part, flags=re.IGNORECASE)
         cleaned = re.sub(r"[^A-Za-z0-9._-]+", "_", stem).strip("-_.")
         if re.search(r"[A-Za-z]", cleaned):
             return cleaned

@@ -13,7 +13,9 @@ from models import ConfigError, get_tokenizer, load_model_config
 def main(argv: Sequence[str] | None = None) -> int:
     """Reads a few samples of a few shards and prints what they are. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m scripts.check_shards", description=__doc__)
-    parser.add_argument("shards", help="as --train-data: braces {000..123}, several joined by ::, s3://, pipe:, CSV")
+    parser.add_argument(
+        "shards", help="as --train-data: braces {000..123}, several joined by ::, s3://, pipe:, a directory, a list"
+    )
     parser.add_argument("--model", default="ViT-B-32", help="whose context length and image size count")
     parser.add_argument("--dataset-type", default="auto", choices=("auto", "webdataset", "csv", "folder"))
     parser.add_argument("--caption-key", nargs="+", default=["txt"], help="txt, or json:FIELD; several are drawn from")

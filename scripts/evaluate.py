@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", help="name or configuration file; a checkpoint folder knows its own")
     add("--zeroshot-data", nargs="+", default=[], metavar="NAME=FOLDER", help="sets in CLIP_benchmark's layout")
     add("--imagenet-val", help="ImageNet's validation set: one folder per WordNet id")
-    add("--val-data", help="image-text pairs for retrieval: shards or a CSV list")
+    add("--val-data", help="image-text pairs for retrieval: shards, a list or a folder")
     add("--val-num-samples", type=int, help="number of pairs in --val-data; another count found is an error")
     add("--caption-key", default="txt", help="txt, or json:FIELD")
     add("--csv-separator", default="\t")

@@ -26,8 +26,8 @@ class DataConfig:
 
     train_data: str | None = option(
         None,
-        "shards: braces {000..123}, several joined by ::, s3://, https://, pipe:, a CSV/TSV file, or a mixture.yaml: "
-        "a list of name, shards, proportion (by samples)",
+        "shards: braces {000..123}, several joined by ::, s3://, https://, pipe:; a directory of shards or pictures; "
+        "a CSV, TSV or Parquet list; or a mixture.yaml: a list of name, shards, proportion (by samples)",
     )
     train_data_upsampling_factors: str | None = option(
         None, "one factor per :: source, e.g. 1::2; needs --dataset-resampled"
@@ -40,10 +40,12 @@ class DataConfig:
     )
     dataset_resampled: bool = option(False, "draw shards with replacement")
     csv_separator: str = option("\t", "column separator of a CSV list")
-    csv_img_key: str = option("filepath", "column of image paths")
-    csv_caption_key: str = option("title", "column of captions")
+    csv_img_key: str = option("filepath", "column of image paths or URLs; in Parquet also of their bytes")
+    csv_caption_key: str = option("title", "column of captions, read as txt")
     caption_key: tuple[str, ...] = option(
-        ("txt",), "where captions are: txt, or a field of the sample's json as json:FIELD; of several, one is drawn"
+        ("txt",),
+        "where captions are: txt, or a field of the sample's json as json:FIELD; of several one is drawn, and "
+        "evaluation takes the first",
     )
     caption_probs: tuple[float, ...] = option((), "how often each key of --caption-key is drawn; equally if absent")
     where: str | None = option(

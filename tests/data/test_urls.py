@@ -97,6 +97,7 @@ def test_what_cannot_be_expanded_is_refused(pattern: str) -> None:
         ("/data/*.tar", "webdataset"),
         ("/data/pairs.csv", "csv"),
         ("s3://b/pairs.TSV", "csv"),
+        ("/data/pairs.parquet::s3://b/{0..3}.PARQUET", "csv"),
     ],
 )
 def test_the_type_follows_from_the_name(train_data: str, kind: str) -> None:
@@ -107,7 +108,7 @@ def test_a_directory_is_a_set_of_shards(tmp_path: Path) -> None:
     assert dataset_type_of(str(tmp_path)) == "webdataset"
 
 
-@pytest.mark.parametrize("train_data", ["/data/pairs.parquet", "s3://b/prefix/", "/a.tar::/b.csv"])
+@pytest.mark.parametrize("train_data", ["/data/pairs.feather", "s3://b/prefix/", "/a.tar::/b.csv"])
 def test_a_type_that_cannot_be_told_is_asked_for(train_data: str) -> None:
     with pytest.raises(DataConfigError, match=r"--dataset-type|one kind"):
         dataset_type_of(train_data)
