@@ -160,6 +160,8 @@ class LaneReader:
         assert self._segment is not None
         if self._keeps is None or self._keeps(raw):
             self._num_rejected = 0
+            if "json" in raw.fields:
+                raw.record = None  # many times the text it came from; a block holds hundreds
             return True
         block.filtered[self._first_shard + self._segment.shard] += 1
         self._num_rejected += 1
