@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from data.stream import Retry
+
 if TYPE_CHECKING:
     from data.augment import AugmentConfig
     from data.urls import Source
@@ -25,6 +27,7 @@ class LoaderConfig:
     batch_size: rows of this rank per optimiser step (all micro-batches together).
     sizes: samples of each shard, in the order of the sources' URLs; None where they are not known.
     num_samples: length of the synthetic set.
+    retry: how long to insist on a shard that cannot be read.
     """
 
     sources: tuple[Source, ...]
@@ -45,6 +48,7 @@ class LoaderConfig:
     csv_img_key: str = "filepath"
     csv_caption_key: str = "title"
     sizes: tuple[int, ...] | None = None
+    retry: Retry = Retry()
 
     @property
     def urls(self) -> tuple[str, ...]:
