@@ -33,8 +33,7 @@ class HttpSource:
                 answer = self._request(view, start)
                 if answer.status != 200:
                     return self._fill_from_range(answer, view, start)
-                answer.close()
-                self.sequential = True
+                self._keep(answer)
             with self._lock:
                 return self._fill_from_whole(view, start)
         except (urllib3.exceptions.HTTPError, OSError) as error:
@@ -47,6 +46,15 @@ class HttpSource:
         wait = urllib3.Timeout(connect=min(CONNECT_TIMEOUT_S, self._silence_s), read=self._silence_s)
         asked = {"Range": f"bytes={start}-{start + len(view) - 1}", "Accept-Encoding": "identity"}
         return pool.request("GET", self._url, headers=asked, preload_content=False, retries=_redirects(), timeout=wait)
+
+    def _keep(self, answer: Any) -> None:
+        """Goes on with the whole file that came instead of a range, unless another request has brought it before."""
+        with self._lock:
+            self.sequential = True
+            if self._whole is None:
+                self._whole, self._whole_at = answer, 0
+            else:
+                answer.close()
 
     def _fill_from_range(self, answer: Any, view: memoryview, start: int) -> Filled:
         try:
@@ -76,7 +84,9 @@ class HttpSource:
             self._skip_to(start)
             length = self._whole.headers.get("Content-Length")
             total = int(length) if length else None
-            wanted = view if total is None else view[: max(0, total - self._whole_at)]
+            wanted = view if total is None else view[: max(0, total - start)]
+            if self._whole_at < start:
+                wanted = view[:0]
             count = receive(self._whole, wanted, self._silence_s)
         except Exception:
             self._drop_whole()
@@ -96,7 +106,10 @@ class HttpSource:
     def _skip_to(self, start: int) -> None:
         buffer = memoryview(bytearray(_SKIP_BYTES))
         while self._whole_at < start:
-            count = receive(self._whole, buffer[: start - self._whole_at], self._silence_s)
+            try:
+                count = receive(self._whole, buffer[: start - self._whole_at], self._silence_s)
+            except Interruption as error:
+                raise Interruption(error.reason) from error  # what was skipped is none of the bytes asked for
             if not count:
                 return
             self._whole_at += count
