@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from data.eval_reader import EvalBatch, class_names_of, read_labelled, read_pairs, templates_of
     from data.loader import TrainLoader, build_train_loader, run_preflight
     from data.order import lanes_per_rank
-    from data.preflight import PreflightReport, preflight
+    from data.preflight import PreflightReport, check_storage, preflight
     from data.samples import RawSample, SampleError, SampleId
     from data.sizes import count_samples, total_samples
     from data.stats import LoaderStats
@@ -39,7 +39,7 @@ _HOMES = {
     "eval_reader": ("EvalBatch", "class_names_of", "read_labelled", "read_pairs", "templates_of"),
     "loader": ("TrainLoader", "build_train_loader", "run_preflight"),
     "order": ("lanes_per_rank",),
-    "preflight": ("PreflightReport", "preflight"),
+    "preflight": ("PreflightReport", "check_storage", "preflight"),
     "samples": ("RawSample", "SampleError", "SampleId"),
     "sizes": ("count_samples", "total_samples"),
     "stats": ("LoaderStats",),
@@ -74,6 +74,7 @@ __all__ = [
     "TarError",
     "TrainLoader",
     "build_train_loader",
+    "check_storage",
     "class_names_of",
     "count_samples",
     "csv_shards",

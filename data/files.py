@@ -8,7 +8,7 @@ from typing import Any
 from data.storage import ByteStream, Retry, open_stream
 
 _CHUNK_BYTES = 1 << 20
-_RETRY = Retry(attempts=4)
+_RETRY = Retry(attempts=4, silence_s=10.0)
 
 
 def read_file(url: str) -> bytes:

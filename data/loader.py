@@ -33,7 +33,7 @@ from data.preflight import PreflightReport, preflight
 from data.prepare import Preparer
 from data.readers import build_reader, with_shards
 from data.stats import LoaderStats, check_skip_fraction
-from data.storage import Retry
+from data.storage import PROBE
 from data.worker import Part, Plan, Tokenize, Worker, run_worker
 
 _PREFLIGHT_CHUNK_BYTES = 1 << 20
@@ -71,7 +71,7 @@ def build_train_loader(
 def run_preflight(config: LoaderConfig, tokenize: Tokenize) -> PreflightReport:
     """`data.preflight.preflight` with the reader and the preparation that a loader of `config` would use."""
     config = with_shards(config)
-    reader = build_reader(config, _PREFLIGHT_CHUNK_BYTES, read_ahead=0, retry=Retry(attempts=2))
+    reader = build_reader(config, _PREFLIGHT_CHUNK_BYTES, read_ahead=0, retry=PROBE)
     return preflight(config.sources, reader, Preparer(config), tokenize)
 
 

@@ -12,14 +12,17 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from data.background import DaemonPool
 from data.decode import header_of
-from data.errors import DataConfigError, ShardError
+from data.errors import DataConfigError, DataError, ShardError, StorageError
 from data.prepare import Preparer, image_of
 from data.readers import ShardReader
 from data.samples import RawSample, SampleError
-from data.urls import Source, mask_url
+from data.storage import probe
+from data.urls import Source, expand_sources, is_local, is_pipe, mask_url
 
 _SHOWN = 3  # shards, keys and fields named in a message
+_PROBED = 3  # sources asked for a byte
 
 
 @dataclass
@@ -81,19 +84,48 @@ def preflight(
 ) -> PreflightReport:
     """Reads `samples` samples of `shards` shards spread over the sources.
 
-    Raises DataConfigError when none of these shards can be read, or none of the samples is valid; a bad shard
-    or sample among good ones is only reported.
+    Raises DataConfigError when none of these shards can be read, or none of the samples is valid, and DataError
+    when the storage does not answer; a bad shard or sample among good ones is only reported.
     """
     report = PreflightReport()
     valid: list[str] = []
-    for url in _spread([url for source in sources for url in source.urls], shards):
-        valid += _probe(url, reader, preparer, samples, report)
+    urls = _spread([url for source in sources for url in source.urls], shards)
+    pool = DaemonPool(max(1, len(urls)), "preflight")  # one after the other, dead storage would take as often as long
+    reads = [pool.submit(_read, reader, url, samples) for url in urls]
+    pool.close()
+    for url, read in zip(urls, reads, strict=True):
+        raw_samples, error = read.result()
+        report.shards.append(mask_url(url))
+        for raw in raw_samples:
+            valid += _look_at(raw, preparer, report)
+        if error is not None:
+            report.failed[mask_url(url)] = _explain(error)
     if report.shards and len(report.failed) == len(report.shards):
-        raise DataConfigError(_nothing_readable(report))
+        errors = [read.result()[1] for read in reads]
+        is_away = all(isinstance(error, StorageError) and error.kind == "unreachable" for error in errors)
+        raise (DataError if is_away else DataConfigError)(_nothing_readable(report))
     if not valid:
         raise DataConfigError(_nothing_valid(report, preparer.config.caption_key))
     _measure_captions(valid, tokenize, report)
     return report
+
+
+def check_storage(train_data: str) -> None:
+    """Asks the storage behind `--train-data` for a byte, before anything waits for its lists and indexes.
+
+    Raises DataError when no source asked answers within seconds, DataConfigError when all of them refuse.
+    """
+    urls = [source.urls[0] for source in expand_sources(train_data) if source.urls]
+    remote = [url for url in urls if not is_local(url) and not is_pipe(url)][:_PROBED]
+    if not remote or len(remote) < len(urls[:_PROBED]):
+        return
+    pool = DaemonPool(len(remote), "preflight")
+    probes = [pool.submit(probe, url) for url in remote]
+    pool.close()
+    errors = [asked.exception() for asked in probes]
+    for kind, failure in (("unreachable", DataError), ("denied", DataConfigError)):
+        if all(isinstance(error, StorageError) and error.kind == kind for error in errors):
+            raise failure(f"--train-data: {mask_url(remote[0])}: {_explain(errors[0])}")  # type: ignore[arg-type]
 
 
 def _spread(urls: Sequence[str], count: int) -> list[str]:
@@ -104,20 +136,18 @@ def _spread(urls: Sequence[str], count: int) -> list[str]:
     return [unique[round(i * (len(unique) - 1) / (count - 1))] for i in range(count)]
 
 
-def _probe(url: str, reader: ShardReader, preparer: Preparer, samples: int, report: PreflightReport) -> list[str]:
-    """Captions of the valid ones among the first samples of a shard; everything else goes into the report."""
-    name, captions = mask_url(url), []
-    report.shards.append(name)
-    stream = reader.read(url, 0, samples)
+def _read(reader: ShardReader, url: str, count: int) -> tuple[list[RawSample], Exception | None]:
+    """The first samples of a shard, and what ended it early."""
+    found: list[RawSample] = []
+    stream = reader.read(url, 0, count)
     try:
-        for raw in stream:
-            captions += _look_at(raw, preparer, report)
+        found.extend(stream)
     except Exception as error:  # The reader's errors are as many as the storages behind it.
-        report.failed[name] = _explain(error)
+        return found, error
     finally:
         if hasattr(stream, "close"):
             stream.close()
-    return captions
+    return found, None
 
 
 def _look_at(raw: RawSample, preparer: Preparer, report: PreflightReport) -> list[str]:

@@ -18,11 +18,14 @@ import pytest
 from data.background import PER_PROCESS
 from data.batch import Position
 from data.config import LoaderConfig
-from data.loader import TrainLoader
+from data.errors import DataError
+from data.loader import TrainLoader, run_preflight
+from data.preflight import check_storage
 from data.stream import Retry
 from data.urls import Source
-from tests.data.test_loader import build
+from tests.data.test_loader import Numbers, build
 from tests.helpers.faulty_proxy import Fault, FaultyProxy, faulty_proxy, seeded
+from tests.helpers.process import run_training
 from tests.helpers.s3 import S3Server
 from tests.helpers.shards import make_sample
 
@@ -226,3 +229,31 @@ def test_leaving_in_the_middle_of_faults_is_silent(proxy: FaultyProxy, capfd: py
         next(loader)
     assert capfd.readouterr() == ("", "")
     assert os.environ["AWS_ENDPOINT_URL"] == proxy.url
+
+
+def test_frozen_storage_is_named_at_the_start(proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy.schedule = lambda number, path: Fault("stall")
+    short = Retry(attempts=2, first_s=0.001, silence_s=0.3)
+    monkeypatch.setattr("data.storage.PROBE", short)
+    monkeypatch.setattr("data.loader.PROBE", short)
+    began = time.monotonic()
+    with pytest.raises(DataError, match=r"s3://clipyard-test/faults/0.tar: Read timeout .*gave up") as caught:
+        check_storage("s3://clipyard-test/faults/{0..5}.tar")
+    assert caught.value.exit_code == 1
+    with pytest.raises(DataError, match="none of 3 shards looked at can be read") as caught:
+        run_preflight(config_of("s3://{}"), Numbers())
+    assert caught.value.exit_code == 1
+    assert time.monotonic() - began < 4
+    proxy.schedule = lambda number, path: Fault("missing" if path.endswith("0.tar") else "ok")
+    check_storage("s3://clipyard-test/faults/{0..5}.tar")  # one shard that is missing is for the preflight to judge
+
+
+@pytest.mark.slow
+def test_training_on_frozen_storage_ends_within_seconds(proxy: FaultyProxy, tmp_path: Path) -> None:
+    proxy.schedule = lambda number, path: Fault("stall")
+    began = time.monotonic()
+    arguments = ["--train-data", "s3://clipyard-test/faults/{0..5}.tar", "--model", "RN50", "--logs", tmp_path]
+    run = run_training(*arguments, "--train-num-samples", "72", "--batch-size", "4", "--dataset-resampled").expect(1)
+    assert "s3://clipyard-test/faults/0.tar: Read timeout" in run.output
+    assert "Traceback" not in run.output
+    assert time.monotonic() - began < 30
