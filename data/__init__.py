@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from data.augment import AugmentConfig, parse_aug_cfg
     from data.batch import Batch, LaneCursor, Position
     from data.captions import CaptionConfig
-    from data.catalog import Catalog, open_catalog
+    from data.catalog import Catalog, open_catalog, sources_of
     from data.config import LoaderConfig
     from data.device import DeviceTransform
     from data.errors import DataConfigError, DataError, ShardError, StorageError, TarError
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from data.folder_source import folder_shards
     from data.loader import TrainLoader, build_train_loader, run_preflight
     from data.order import lanes_per_rank
-    from data.preflight import PreflightReport, preflight
+    from data.preflight import check_storage, preflight
+    from data.preflight_report import PreflightReport
     from data.rows import CsvConfig
     from data.samples import RawSample, SampleError, SampleId
     from data.shard_index import ShardIndex, build_index, index_url
@@ -38,7 +39,7 @@ _HOMES = {
     "augment": ("AugmentConfig", "parse_aug_cfg"),
     "batch": ("Batch", "LaneCursor", "Position"),
     "captions": ("CaptionConfig",),
-    "catalog": ("Catalog", "open_catalog"),
+    "catalog": ("Catalog", "open_catalog", "sources_of"),
     "config": ("LoaderConfig",),
     "device": ("DeviceTransform",),
     "errors": ("DataConfigError", "DataError", "ShardError", "StorageError", "TarError"),
@@ -47,7 +48,8 @@ _HOMES = {
     "folder_source": ("folder_shards",),
     "loader": ("TrainLoader", "build_train_loader", "run_preflight"),
     "order": ("lanes_per_rank",),
-    "preflight": ("PreflightReport", "preflight"),
+    "preflight": ("check_storage", "preflight"),
+    "preflight_report": ("PreflightReport",),
     "rows": ("CsvConfig",),
     "samples": ("RawSample", "SampleError", "SampleId"),
     "shard_index": ("ShardIndex", "build_index", "index_url"),
@@ -91,6 +93,7 @@ __all__ = [
     "Where",
     "build_index",
     "build_train_loader",
+    "check_storage",
     "class_names_of",
     "count_samples",
     "dataset_type_of",
@@ -113,6 +116,7 @@ __all__ = [
     "read_samples",
     "run_preflight",
     "source_epochs",
+    "sources_of",
     "synthetic_shards",
     "table_shards",
     "templates_of",

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class DaemonPool:
-    """Up to `num_threads` daemon threads, started as work arrives; work is done in the order it was submitted."""
+    """Up to `num_threads` daemon threads, started as they are needed; work is done in the order it was submitted."""
 
     def __init__(self, num_threads: int, name: str):
         self._limit = num_threads
@@ -25,15 +25,19 @@ class DaemonPool:
             queue.SimpleQueue()
         )
         self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._num_open = 0  # submitted and not done
 
     def submit(self, function: Callable[..., T], *args: Any) -> Future[T]:
         """`function(*args)` in some thread; its exception, too, arrives through the future."""
         future: Future[T] = Future()
         self._work.put((future, function, args))
-        if len(self._threads) < self._limit:
-            thread = threading.Thread(target=self._serve, name=f"{self._name}-{len(self._threads)}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+        with self._lock:
+            self._num_open += 1
+            if len(self._threads) < min(self._limit, self._num_open):
+                thread = threading.Thread(target=self._serve, name=f"{self._name}-{len(self._threads)}", daemon=True)
+                self._threads.append(thread)
+                thread.start()
         return future
 
     def close(self) -> None:
@@ -44,14 +48,18 @@ class DaemonPool:
 
     def _serve(self) -> None:
         while (item := self._work.get()) is not None:
-            future, function, args = item
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
+            self._do(*item)
+            del item  # An idle thread must not keep the last block alive.
+
+    def _do(self, future: Future[T], function: Callable[..., T], args: tuple[Any, ...]) -> None:
+        try:
+            if future.set_running_or_notify_cancel():
                 future.set_result(function(*args))
-            except BaseException as error:
-                future.set_exception(error)
-            del item, future, args  # An idle thread must not keep the last block alive.
+        except BaseException as error:
+            future.set_exception(error)
+        finally:
+            with self._lock:
+                self._num_open -= 1
 
 
 class PerProcess:
@@ -69,10 +77,17 @@ class PerProcess:
                 self._made[key] = make()
             return self._made[key]
 
-    def drop(self, key: Any) -> None:
-        """Forgets the object, e.g. a client whose credentials have expired."""
+    def drop(self, key: Any, made: Any = None) -> None:
+        """Forgets the object under `key`, e.g. a client whose credentials have expired; with `made`, that one only."""
         with self._lock:
-            self._made.pop(key, None)
+            if made is None or self._made.get(key) is made:
+                self._made.pop(key, None)
+
+    def drop_all(self, first: str) -> None:
+        """Forgets every object whose key is a tuple that begins with `first`."""
+        with self._lock:
+            for key in [key for key in self._made if isinstance(key, tuple) and key[0] == first]:
+                del self._made[key]
 
     def _forget(self) -> None:
         self._lock = threading.RLock()

@@ -58,10 +58,7 @@ def open_catalog(
         raise DataConfigError(
             "--train-data is missing: name shards or a list of pictures, or choose --dataset-type synthetic"
         )
-    if is_mixture(train_data):
-        sources = _mixed_sources(train_data, factors)
-    else:
-        sources = expand_sources(train_data, factors, dataset_type)
+    sources = sources_of(train_data, factors, dataset_type)
     named = "::".join(source.urls[0] for source in sources) if is_mixture(train_data) else train_data
     kind = dataset_type_of(named) if dataset_type == "auto" else dataset_type
     if kind == "csv":
@@ -71,7 +68,10 @@ def open_catalog(
     return Catalog(kind, sources, count_samples(sources) if count else None)
 
 
-def _mixed_sources(train_data: str, factors: str | None) -> tuple[Source, ...]:
+def sources_of(train_data: str, factors: str | None = None, dataset_type: str = "auto") -> tuple[Source, ...]:
+    """The sources of `--train-data`, of a mixture or joined by `::`; raises DataConfigError."""
+    if not is_mixture(train_data):
+        return expand_sources(train_data, factors, dataset_type)
     if factors is not None:
         raise DataConfigError(
             "--train-data-upsampling-factors is for sources joined by ::; in a mixture each has its proportion"

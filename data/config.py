@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from data.captions import CaptionConfig
+from data.stream import Retry
 
 if TYPE_CHECKING:
     from data.augment import AugmentConfig
@@ -28,6 +29,7 @@ class LoaderConfig:
     sizes: samples of each shard, in the order of the sources' URLs; None where they are not known.
     num_samples: length of the synthetic set.
     where: keeps the samples whose JSON record passes (`data.where`).
+    retry: how long to insist on a shard that cannot be read.
     """
 
     sources: tuple[Source, ...]
@@ -49,6 +51,7 @@ class LoaderConfig:
     csv_img_key: str = "filepath"
     csv_caption_key: str = "title"
     sizes: tuple[int, ...] | None = None
+    retry: Retry = Retry()
 
     @property
     def urls(self) -> tuple[str, ...]:

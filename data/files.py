@@ -16,7 +16,7 @@ from data.storage import ByteStream, Retry, open_stream
 from data.urls import is_local, local_path, mask_url
 
 _CHUNK_BYTES = 1 << 20
-_RETRY = Retry(attempts=4)
+_RETRY = Retry(attempts=4, silence_s=10.0)
 
 
 def read_file(url: str) -> bytes:

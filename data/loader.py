@@ -3,6 +3,7 @@
 Workers are PyTorch's DataLoader processes. They come from a fork server that has imported torch once (a
 plain fork of a process with CUDA or S3 threads hangs, spawning imports torch in each), stand in process
 groups of their own, and ignore the signals by which a cluster ends a run: the trainer decides when they go.
+They do not outlive it.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ import contextlib
 import dataclasses
 import multiprocessing
 import multiprocessing.connection
-import multiprocessing.forkserver
-import multiprocessing.resource_tracker
 import os
 import signal
 import warnings
@@ -29,19 +28,19 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from data.batch import Batch, LaneCursor, Position, fingerprint_of
 from data.config import LoaderConfig
 from data.errors import DataConfigError, DataError
+from data.fork_server import RUN_SIGNALS, WorkerContext, end_with_parent, scratch_folder
 from data.order import block_bytes, deal, lanes_per_rank, streams_of
 from data.preflight import PreflightReport, preflight
 from data.prepare import Preparer
 from data.readers import build_reader, with_shards
 from data.stats import LoaderStats, check_skip_fraction
-from data.storage import Retry
+from data.storage import PROBE
 from data.where import Filter, Where
 from data.worker import Part, Plan, Tokenize, Worker, run_worker
 
 _PREFLIGHT_CHUNK_BYTES = 1 << 20
 _PREFETCH = 3  # parts that each worker may be ahead
 _REPORT_S = 2.0
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def build_train_loader(
@@ -76,7 +75,7 @@ def build_train_loader(
 def run_preflight(config: LoaderConfig, tokenize: Tokenize, samples: int = 8, shards: int = 3) -> PreflightReport:
     """`data.preflight.preflight` with the reader and the preparation that a loader of `config` would use."""
     config = with_shards(config)
-    reader = build_reader(config, _PREFLIGHT_CHUNK_BYTES, read_ahead=0, retry=Retry(attempts=2))
+    reader = build_reader(config, _PREFLIGHT_CHUNK_BYTES, read_ahead=0, retry=PROBE)
     where = None if config.where is None else Filter(Where.parse(config.where))
     return preflight(config.sources, reader, Preparer(config), tokenize, samples, shards, where)
 
@@ -102,6 +101,7 @@ class TrainLoader:
         self._num_workers = min(config.workers, len(lanes))
         self._parts: Iterator[Any] | None = None
         self._processes: list[BaseProcess] = []
+        self._context: WorkerContext | None = None
 
     def __iter__(self) -> Self:
         return self
@@ -109,6 +109,9 @@ class TrainLoader:
     def __next__(self) -> Batch:
         """The next batch. DataError when the data are too bad to go on, or a worker died."""
         parts = [self._next_part() for _ in range(max(1, self._num_workers))]
+        if self._context is not None:
+            self._context.forget_names()
+            self._context = None
         for part in parts:
             self._stats.add(part.stats)
         check_skip_fraction(self._stats, self._config.max_skip_fraction)
@@ -168,7 +171,8 @@ class TrainLoader:
         # Ours must run before multiprocessing's own exit handler, which would wait for workers that ignore SIGTERM.
         atexit.register(self._end_workers)
         try:
-            return _worker_parts(self._plan, self._num_workers)
+            self._context = WorkerContext()
+            return _worker_parts(self._plan, self._num_workers, self._context)
         finally:
             self._processes = [child for child in multiprocessing.active_children() if child not in before]
 
@@ -185,7 +189,7 @@ class TrainLoader:
                 ) from error
 
 
-def _worker_parts(plan: Plan, num_workers: int) -> Iterator[Any]:
+def _worker_parts(plan: Plan, num_workers: int, context: WorkerContext) -> Iterator[Any]:
     """Parts from `num_workers` processes: the first worker's of the first batch, the second's, and so on."""
     with warnings.catch_warnings():
         # More workers than cores is the user's choice, and right where storage is slow.
@@ -196,7 +200,7 @@ def _worker_parts(plan: Plan, num_workers: int) -> Iterator[Any]:
             num_workers=num_workers,
             prefetch_factor=_PREFETCH,
             persistent_workers=True,
-            multiprocessing_context=_fork_server(),
+            multiprocessing_context=context,
             worker_init_fn=_Setup(),
             generator=torch.Generator(),  # leaves the trainer's random numbers alone
         )
@@ -221,28 +225,17 @@ class _Setup:
     def __init__(self) -> None:
         self._environment = dict(os.environ)
         self._folder = os.getcwd()
+        self._scratch = scratch_folder()
 
     def __call__(self, worker: int) -> None:
-        for number in _SIGNALS:
+        for number in RUN_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+        end_with_parent(self._scratch)
         with contextlib.suppress(OSError):
             os.setpgid(0, 0)  # out of reach of signals to the trainer's group, and one target together with its pipes
         os.environ.clear()
         os.environ.update(self._environment)
         os.chdir(self._folder)
-
-
-def _fork_server() -> Any:
-    """The forkserver context, its server running with the end-of-run signals blocked, which its children inherit."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "data.worker"])
-    multiprocessing.resource_tracker.ensure_running()
-    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        multiprocessing.forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
-    return context
 
 
 def _kill(process: BaseProcess) -> None:

@@ -12,88 +12,34 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
+from data.background import DaemonPool
 from data.decode import header_of
-from data.errors import DataConfigError, ShardError
+from data.errors import DataConfigError, DataError, ShardError, StorageError
+from data.preflight_report import PreflightReport, counted
 from data.prepare import Preparer, image_of
 from data.readers import ShardReader
 from data.samples import RawSample, SampleError, record_of
-from data.urls import Source, mask_url
+from data.storage import probe
+from data.urls import Source, is_local, is_pipe, mask_url
 from data.where import Filter
 
-_SHOWN = 3  # shards, keys and fields named in a message
-_MIB = 1 << 20
+_SHOWN = 3  # shards and reasons named in a message
+_PROBED = 3  # sources asked for a byte
 _READ_FOR_ONE_KEPT = 100  # samples of a shard looked at for each that the filter should keep
 
 
 @dataclass
-class PreflightReport:
-    """What the probed samples looked like; `str()` gives a few log lines."""
+class _Read:
+    """What was read of one shard."""
 
-    shards: list[str] = field(default_factory=list)  # probed, masked for logs
-    failed: dict[str, str] = field(default_factory=dict)  # probed shard -> why it cannot be read
-    keys: list[str] = field(default_factory=list)
-    fields: Counter[str] = field(default_factory=Counter)
-    formats: Counter[str] = field(default_factory=Counter)
-    image_sizes: list[tuple[int, int]] = field(default_factory=list)  # height, width
-    caption_lengths: list[int] = field(default_factory=list)  # tokens with start and end, before truncation
-    context_length: int = 0
-    valid: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
-    details: dict[str, str] = field(default_factory=dict)  # reason -> first message
-    filtered: int = 0  # samples that --where does not keep
-    is_filtered: bool = False
-    record_fields: set[str] = field(default_factory=set)  # of the samples' JSON records
+    samples: list[RawSample] = field(default_factory=list)
     num_bytes: int = 0
-    read_s: float = 0.0
-    decode_s: float = 0.0
-
-    @property
-    def seen(self) -> int:
-        """Samples looked at, those that --where does not keep left out."""
-        return self.valid + self.skipped.total()
-
-    @property
-    def num_read(self) -> int:
-        """Samples read."""
-        return self.seen + self.filtered
-
-    @property
-    def share_truncated(self) -> float:
-        """Share of captions longer than the model's context."""
-        return sum(length > self.context_length for length in self.caption_lengths) / max(len(self.caption_lengths), 1)
-
-    def caption_percentiles(self) -> tuple[int, int, int]:
-        """Median, 95th percentile and maximum of the caption lengths in tokens."""
-        p50, p95, most = np.percentile(self.caption_lengths or [0], (50, 95, 100), method="higher")
-        return int(p50), int(p95), int(most)
-
-    def __str__(self) -> str:
-        lines = [f"preflight: {self.valid} of {self.seen} samples valid in {len(self.shards)} shards"]
-        lines += [f"  {shard}: {reason}" for shard, reason in self.failed.items()]
-        if self.is_filtered:
-            lines.append(f"  --where keeps {self.seen} of {self.num_read} samples read")
-        if self.skipped:
-            lines.append(f"  skipped: {_counted(self.skipped)}")
-        if self.keys:
-            lines.append(f"  keys: {', '.join(self.keys[:_SHOWN])}, ...; fields: {', '.join(sorted(self.fields))}")
-        if self.image_sizes:
-            sizes = sorted(self.image_sizes, key=lambda size: size[0] * size[1])
-            low, middle, high = (f"{w}x{h}" for h, w in (sizes[0], sizes[len(sizes) // 2], sizes[-1]))
-            lines.append(f"  images: {_counted(self.formats)}; smallest {low}, median {middle}, largest {high}")
-        if self.caption_lengths:
-            p50, p95, most = self.caption_percentiles()
-            cut = f"{self.share_truncated:.0%} longer than the context of {self.context_length}"
-            lines.append(f"  captions: {p50} tokens median, {p95} at 95 %, {most} at most; {cut}")
-        if self.valid:
-            lines.append(
-                f"  rates of one process: {self.num_bytes / _MIB / max(self.read_s, 1e-9):.1f} MiB/s read "
-                f"({self.num_bytes / self.num_read / 1024:.1f} KiB a sample), "
-                f"{self.valid / max(self.decode_s, 1e-9):.0f} samples/s decoded"
-            )
-        return "\n".join(lines)
+    seconds: float = 0.0
+    filtered: int = 0
+    record_fields: set[str] = field(default_factory=set)  # of samples that were not kept
+    error: Exception | None = None
 
 
 def preflight(
@@ -107,21 +53,43 @@ def preflight(
 ) -> PreflightReport:
     """Reads `samples` samples that `where` keeps of `shards` shards spread over the sources.
 
-    Raises DataConfigError when none of these shards can be read, or none of the samples is valid; a bad shard
-    or sample among good ones is only reported.
+    Raises DataConfigError when none of these shards can be read, or none of the samples is valid, and DataError
+    when the storage does not answer; a bad shard or sample among good ones is only reported.
     """
     report = PreflightReport(is_filtered=where is not None)
-    valid: list[str] = []
-    for url in _spread([url for source in sources for url in source.urls], shards):
-        valid += _probe(url, reader, preparer, samples, where, report)
+    urls = _spread([url for source in sources for url in source.urls], shards)
+    pool = DaemonPool(max(1, len(urls)), "preflight")  # one after the other, dead storage would take as often as long
+    pending = [pool.submit(_read, reader, url, samples, where) for url in urls]
+    pool.close()
+    reads = [read.result() for read in pending]
+    valid = [caption for url, read in zip(urls, reads, strict=True) for caption in _note(url, read, preparer, report)]
     if report.shards and len(report.failed) == len(report.shards):
-        raise DataConfigError(_nothing_readable(report))
+        is_away = all(isinstance(read.error, StorageError) and read.error.kind == "unreachable" for read in reads)
+        raise (DataError if is_away else DataConfigError)(_nothing_readable(report))
     if where is not None and not report.seen:
         raise DataConfigError(_nothing_kept(report, where))
     if not valid:
         raise DataConfigError(_nothing_valid(report, preparer.config.captions.names))
     _measure_captions(valid, tokenize, report)
     return report
+
+
+def check_storage(sources: Sequence[Source]) -> None:
+    """Asks the storage behind the sources for a byte, before anything waits for their lists and indexes.
+
+    Raises DataError when no source asked answers within seconds, DataConfigError when all of them refuse.
+    """
+    urls = [source.urls[0] for source in sources if source.urls]
+    remote = [url for url in urls if not is_local(url) and not is_pipe(url)][:_PROBED]
+    if not remote or len(remote) < len(urls[:_PROBED]):
+        return
+    pool = DaemonPool(len(remote), "preflight")
+    probes = [pool.submit(probe, url) for url in remote]
+    pool.close()
+    errors = [asked.exception() for asked in probes]
+    for kind, failure in (("unreachable", DataError), ("denied", DataConfigError)):
+        if all(isinstance(error, StorageError) and error.kind == kind for error in errors):
+            raise failure(f"--train-data: {mask_url(remote[0])}: {_explain(errors[0])}")  # type: ignore[arg-type]
 
 
 def _spread(urls: Sequence[str], count: int) -> list[str]:
@@ -132,42 +100,30 @@ def _spread(urls: Sequence[str], count: int) -> list[str]:
     return [unique[round(i * (len(unique) - 1) / (count - 1))] for i in range(count)]
 
 
-def _probe(
-    url: str, reader: ShardReader, preparer: Preparer, samples: int, where: Filter | None, report: PreflightReport
-) -> list[str]:
-    """Captions of the valid ones among the first samples of a shard; everything else goes into the report."""
-    name, captions = mask_url(url), []
-    report.shards.append(name)
-    stream = reader.read(url, 0, samples if where is None else samples * _READ_FOR_ONE_KEPT)
+def _read(reader: ShardReader, url: str, count: int, where: Filter | None) -> _Read:
+    """The first samples of a shard that `where` keeps, and what ended it early."""
+    found = _Read()
+    stream = reader.read(url, 0, count if where is None else count * _READ_FOR_ONE_KEPT)
+    started = time.perf_counter()
     try:
-        for raw in itertools.islice(_kept(_timed(stream, report), where, report), samples):
-            captions += _look_at(raw, preparer, report)
+        found.samples.extend(itertools.islice(_kept(stream, where, found), count))
     except Exception as error:  # The reader's errors are as many as the storages behind it.
-        report.failed[name] = _explain(error)
+        found.error = error
     finally:
+        found.seconds = time.perf_counter() - started
         if hasattr(stream, "close"):
             stream.close()
-    return captions
+    return found
 
 
-def _timed(stream: Iterator[RawSample], report: PreflightReport) -> Iterator[RawSample]:
-    while True:
-        started = time.perf_counter()
-        raw = next(stream, None)
-        report.read_s += time.perf_counter() - started
-        if raw is None:
-            return
-        report.num_bytes += raw.num_bytes
-        yield raw
-
-
-def _kept(stream: Iterator[RawSample], where: Filter | None, report: PreflightReport) -> Iterator[RawSample]:
+def _kept(stream: Iterator[RawSample], where: Filter | None, found: _Read) -> Iterator[RawSample]:
     for raw in stream:
+        found.num_bytes += raw.num_bytes
         if where is None or where.keeps(raw):
             yield raw
         else:
-            report.filtered += 1
-            report.record_fields |= _fields_of_record(raw)
+            found.filtered += 1
+            found.record_fields |= _fields_of_record(raw)
 
 
 def _fields_of_record(raw: RawSample) -> set[str]:
@@ -176,6 +132,18 @@ def _fields_of_record(raw: RawSample) -> set[str]:
     except SampleError:
         return set()
     return set(record) if isinstance(record, dict) else set()
+
+
+def _note(url: str, read: _Read, preparer: Preparer, report: PreflightReport) -> list[str]:
+    """Captions of the valid samples read; everything else goes into the report."""
+    report.shards.append(mask_url(url))
+    report.num_bytes += read.num_bytes
+    report.read_s += read.seconds
+    report.filtered += read.filtered
+    report.record_fields |= read.record_fields
+    if read.error is not None:
+        report.failed[mask_url(url)] = _explain(read.error)
+    return [caption for raw in read.samples for caption in _look_at(raw, preparer, report)]
 
 
 def _look_at(raw: RawSample, preparer: Preparer, report: PreflightReport) -> list[str]:
@@ -239,13 +207,9 @@ def _nothing_valid(report: PreflightReport, caption_keys: str) -> str:
     }
     plain = known.get(reason, f"e.g. {report.details[reason]}")
     return (
-        f"--train-data: none of {report.seen} samples looked at can be used ({_counted(report.skipped)}): "
+        f"--train-data: none of {report.seen} samples looked at can be used ({counted(report.skipped)}): "
         f"{plain}; fields seen: {fields}"
     )
-
-
-def _counted(counter: Counter[str]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in counter.most_common())
 
 
 def _explain(error: BaseException) -> str:

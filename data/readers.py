@@ -106,7 +106,7 @@ def build_reader(
 ) -> ShardReader:
     """The reader for `config.dataset_type`. DataConfigError for an unknown type."""
     if config.dataset_type == "webdataset":
-        return TarReader(chunk_bytes, read_ahead, retry)
+        return TarReader(chunk_bytes, read_ahead, retry or config.retry)
     if config.dataset_type == "csv":
         from data.table import TableReader
 

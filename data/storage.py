@@ -8,67 +8,26 @@ read ends in one `StorageError`. Knows nothing of tar or samples.
 from __future__ import annotations
 
 import collections
-import errno
-import random
-import time
 from concurrent.futures import Future
-from dataclasses import dataclass
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from data.background import PER_PROCESS, DaemonPool
 from data.errors import StorageError
-from data.pipe import Command
-from data.ranged import Filled, Interruption, RangeSource, source_of
-from data.urls import is_local, is_pipe, local_path, mask_url
+from data.local import LocalStream
+from data.other import FsspecSource
+from data.pipe import PipeStream
+from data.ranged import Filled, Interruption, RangeSource
+from data.s3 import S3Source
+from data.stream import CHUNK_BYTES, ByteStream, Patience, Retry
+from data.urls import is_local, is_pipe, mask_url
+from data.web import HttpSource
 
-CHUNK_BYTES = 8 << 20
-_FETCH_THREADS = 16
-_LOCAL_BUFFER_BYTES = 1 << 18
-_PIPE_ATTEMPTS = 3
-_FINAL_ERRNO = {errno.ENOENT: "missing", errno.ENOTDIR: "missing", errno.EACCES: "denied", errno.EPERM: "denied"}
+__all__ = ["CHUNK_BYTES", "PROBE", "ByteStream", "Retry", "open_stream", "probe"]
 
-
-@dataclass(frozen=True)
-class Retry:
-    """How long to insist: attempts without a single new byte, and the pauses between them in seconds."""
-
-    attempts: int = 8
-    first_s: float = 0.5
-    longest_s: float = 30.0
-
-    def pause(self, attempt: int) -> None:
-        """Sleeps before attempt number `attempt` (from 1 on); the jitter keeps workers from coming back together."""
-        time.sleep(min(self.longest_s, self.first_s * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0))
-
-
-class ByteStream:
-    """What `open_stream` gives. `position` is the byte in the object that comes next."""
-
-    position: int
-
-    def read(self, size: int) -> bytes:
-        """The next `size` bytes; fewer only at the end. Raises StorageError."""
-        raise NotImplementedError
-
-    def skip(self, size: int) -> int:
-        """Moves on by `size` bytes; returns how many there were."""
-        left = size
-        while left and (data := self.read(min(left, CHUNK_BYTES))):
-            left -= len(data)
-        return size - left
-
-    def close(self) -> None:
-        """Ends the stream, at any point, without noise."""
-        raise NotImplementedError
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+# At start somebody waits, and an answer that takes longer is worth a message.
+PROBE = Retry(attempts=2, silence_s=5.0)
+# Waiting costs a thread next to nothing; a few slow servers must not keep the others' ranges from being asked for.
+_FETCH_THREADS = 64
 
 
 def open_stream(
@@ -84,122 +43,23 @@ def open_stream(
         return PipeStream(url, offset, retry)
     if is_local(url):
         return LocalStream(url, offset, retry)
-    return RangedStream(url, source_of(url), offset, retry, chunk_bytes, read_ahead)
+    return RangedStream(url, source_of(url, retry.silence_s), offset, retry, chunk_bytes, read_ahead)
 
 
 def probe(url: str) -> None:
-    """Reads the first byte, once and without insisting; StorageError says why it cannot be had."""
-    with open_stream(url, retry=Retry(attempts=1), chunk_bytes=512, read_ahead=0) as stream:
+    """Reads the first byte, once and without insisting; StorageError says within seconds why it cannot be had."""
+    with open_stream(url, retry=Retry(attempts=1, silence_s=PROBE.silence_s), chunk_bytes=512, read_ahead=0) as stream:
         stream.read(1)
 
 
-class LocalStream(ByteStream):
-    """A file of this machine's file systems, network ones included: those can fail in passing, too."""
-
-    def __init__(self, url: str, offset: int, retry: Retry):
-        self._url = url
-        self._path = local_path(url)
-        self._retry = retry
-        self.position = offset
-        self._open_insistently()
-
-    def read(self, size: int) -> bytes:
-        """See `ByteStream.read`."""
-        try:
-            data = self._file.read(size)
-        except OSError as error:
-            data = self._read_again(size, error)
-        self.position += len(data)
-        return data
-
-    def skip(self, size: int) -> int:
-        """Seeks, but not beyond the end."""
-        target = min(self.position + size, self._size)
-        skipped = max(0, target - self.position)
-        self._file.seek(self.position + skipped)
-        self.position += skipped
-        return skipped
-
-    def close(self) -> None:
-        """See `ByteStream.close`."""
-        self._file.close()
-
-    def _open(self) -> None:
-        self._file = open(self._path, "rb", buffering=_LOCAL_BUFFER_BYTES)  # noqa: SIM115
-        self._size = self._file.seek(0, 2)
-        self._file.seek(self.position)
-
-    def _open_insistently(self) -> None:
-        for attempt in range(1, self._retry.attempts + 1):
-            try:
-                return self._open()
-            except OSError as error:
-                self._give_up_or_wait(error, attempt)
-
-    def _read_again(self, size: int, error: OSError) -> bytes:
-        for attempt in range(1, self._retry.attempts + 1):
-            self._give_up_or_wait(error, attempt)
-            try:
-                self._file.close()
-                self._open()
-                return self._file.read(size)
-            except OSError as again:
-                error = again
-        raise AssertionError("the last attempt raises")
-
-    def _give_up_or_wait(self, error: OSError, attempt: int) -> None:
-        kind = _FINAL_ERRNO.get(error.errno or 0)
-        if kind or isinstance(error, IsADirectoryError) or attempt >= self._retry.attempts:
-            raise StorageError(self._url, error.strerror or str(error), kind or "unreadable") from error
-        self._retry.pause(attempt)
-
-
-class PipeStream(ByteStream):
-    """The output of a command. After a failure the command runs again and what had been read is skipped."""
-
-    def __init__(self, url: str, offset: int, retry: Retry):
-        self._url = url
-        self._retry = retry
-        self._left = min(retry.attempts, _PIPE_ATTEMPTS)
-        self.position = 0
-        self._command = Command(url)
-        self._ended = False
-        self.skip(offset)
-
-    def read(self, size: int) -> bytes:
-        """See `ByteStream.read`; the end is one only if the command ended with code 0."""
-        data = b"" if self._ended else self._command.output.read(size)
-        self.position += len(data)
-        while len(data) < size and not self._ended:
-            data += self._after_the_end(size - len(data))
-        return data
-
-    def _after_the_end(self, size: int) -> bytes:
-        """Nothing, if the command is content; else the next bytes of another run."""
-        try:
-            self._command.check()
-        except StorageError as error:
-            self._run_again(error)
-            data = self._command.output.read(size)
-            self.position += len(data)
-            return data
-        self._ended = True
-        return b""
-
-    def _run_again(self, error: StorageError) -> None:
-        self._left -= 1
-        if self._left <= 0 or error.kind in ("missing", "denied"):
-            raise error
-        self._retry.pause(_PIPE_ATTEMPTS - self._left)
-        self._command.close()
-        self._command = Command(self._url)
-        skipped = 0
-        while skipped < self.position and (data := self._command.output.read(min(1 << 20, self.position - skipped))):
-            skipped += len(data)
-
-    def close(self) -> None:
-        """Ends the command; one that we leave early has not failed."""
-        self._command.close()
+def source_of(url: str, silence_s: float) -> RangeSource:
+    """The source for a remote `url` by its protocol; opens nothing yet."""
+    protocol = url.split("://", 1)[0].lower()
+    if protocol in ("s3", "s3a", "s3n"):
+        return S3Source(url, silence_s)
+    if protocol in ("http", "https"):
+        return HttpSource(url, silence_s)
+    return FsspecSource(url)
 
 
 class _Chunk(NamedTuple):
@@ -220,6 +80,7 @@ class RangedStream(ByteStream):
         self._next = offset  # where the next request begins
         self._total: int | None = None
         self._ended = False
+        self._is_closed = False  # requests in flight need not insist any more
         self._chunk = memoryview(b"")
         self._at = 0
         self.position = offset
@@ -255,6 +116,7 @@ class RangedStream(ByteStream):
 
     def close(self) -> None:
         """Drops what is in flight."""
+        self._is_closed = True
         for future in self._ahead:
             future.cancel()
         self._ahead.clear()
@@ -301,7 +163,7 @@ class RangedStream(ByteStream):
     def _fetch(self, start: int, size: int) -> _Chunk:
         """One range, however many requests it takes."""
         buffer = memoryview(bytearray(size))
-        count, attempt = 0, 0
+        count, patience = 0, Patience(self._retry)
         while True:
             try:
                 filled = self._source.fill(buffer[count:], start + count)
@@ -311,11 +173,10 @@ class RangedStream(ByteStream):
             count += filled.num_bytes
             if broke is None:
                 return _Chunk(buffer[:count], filled.total)
-            attempt = 1 if filled.num_bytes else attempt + 1
-            if attempt >= self._retry.attempts:
+            if self._is_closed or patience.is_over(filled.num_bytes):
                 where = f" at byte {start + count}" if start + count else ""
                 raise StorageError(self._url, f"{broke.reason} (gave up{where})", broke.kind) from broke
-            self._retry.pause(attempt)
+            patience.pause()
 
 
 def _unless_complete(filled: Filled, start: int, size: int) -> Interruption | None:

@@ -6,6 +6,7 @@ not talk to each other and their number leaves no trace in a batch.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -121,8 +122,15 @@ class Worker:
         shape = (count, 3, *self._config.image_size)
         if not (self._share_memory and count):
             return torch.empty(shape, dtype=torch.uint8)
-        # Filled where the parent will read it, as torch's own collate function does: one copy less.
-        storage = torch.UntypedStorage._new_shared(int(np.prod(shape)), device="cpu")
+        # Filled where the parent will read it, as torch's own collate function does: one copy less. Without a
+        # name, unlike torch's: a worker that is killed leaves nothing, and the size of /dev/shm is no limit.
+        num_bytes = int(np.prod(shape))
+        memory = os.memfd_create("clipyard")
+        try:
+            os.ftruncate(memory, num_bytes)
+            storage = torch.UntypedStorage._new_shared_fd_cpu(memory, num_bytes)  # type: ignore[attr-defined]
+        finally:
+            os.close(memory)
         return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
     def _next_good(self, lane: Lane | MixedLane) -> tuple[RawSample, Prepared]:

@@ -133,6 +133,10 @@ def find_samples(config: TrainConfig, world: World) -> Samples:
 
 def _find_samples(config: TrainConfig) -> Samples:
     section = config.data
+    if section.preflight and section.train_data and section.dataset_type != "synthetic":
+        data.check_storage(
+            data.sources_of(section.train_data, section.train_data_upsampling_factors, section.dataset_type)
+        )
     catalog = data.open_catalog(
         section.train_data,
         section.train_data_upsampling_factors,

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -26,11 +27,12 @@ class FaultyServer:
     """
 
     url: str = ""
-    objects: dict[str, bytes] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict, repr=False)
     faults: list[Fault] = field(default_factory=list)
     always: Fault = ("ok", None)
     ranges: bool = True
     requests: list[tuple[str, str | None]] = field(default_factory=list)
+    headers: list[Message] = field(default_factory=list, repr=False)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def next_fault(self) -> Fault:
@@ -49,6 +51,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         state = self.state
+        state.headers.append(self.headers)
         state.requests.append((self.path, self.headers.get("Range")))
         kind, value = state.next_fault()
         if kind == "slow":

@@ -21,6 +21,7 @@ from data.batch import Batch, Position
 from data.captions import CaptionConfig
 from data.config import LoaderConfig
 from data.errors import DataConfigError, DataError
+from data.fork_server import server_pid
 from data.loader import TrainLoader, _assemble, build_train_loader, run_preflight
 from data.storage import Retry
 from data.urls import Source
@@ -119,22 +120,14 @@ def test_worker_processes_give_the_same_batches(three_shards: tuple[str, ...], m
         # What the fork server's children must survive, and what the server itself must.
         workers = list(there._processes)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            for process in [*workers, *_fork_servers()]:
-                os.kill(process if isinstance(process, int) else process.pid or 0, number)
+            for pid in [server_pid(), *(process.pid or 0 for process in workers)]:
+                os.kill(pid, number)
         for _ in range(12):
             assert equal(next(here), next(there))
     assert not [process for process in workers if process.is_alive()]
     assert not set(workers) & set(multiprocessing.active_children())
     with pytest.raises(DataError, match="closed"):
         next(there)
-
-
-def _fork_servers() -> list[int]:
-    from multiprocessing import forkserver
-
-    pid = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
-    assert pid is not None
-    return [pid]
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

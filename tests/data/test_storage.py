@@ -44,8 +44,7 @@ def server(running: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> FaultyServ
 
 def forget_s3_clients() -> None:
     """A client keeps the endpoint and the credentials with which it was made."""
-    for anonymous in (False, True):
-        PER_PROCESS.drop(("s3", anonymous))
+    PER_PROCESS.drop_all("s3")
 
 
 @pytest.fixture(params=["local", "http", "http-without-ranges", "s3", "memory", "pipe"])
@@ -155,10 +154,10 @@ def test_a_missing_object_is_not_asked_for_twice(server: FaultyServer) -> None:
 
 def test_an_expired_token_gets_a_new_client(server: FaultyServer) -> None:
     assert read_all("s3://bucket/a.tar") == CONTENT
-    before = PER_PROCESS.get(("s3", False), lambda: None)
+    before = PER_PROCESS.get(("s3", False, QUICK.silence_s), lambda: None)
     server.faults = [("ok", None), ("s3", (400, "ExpiredToken"))]
     assert read_all("s3://bucket/a.tar") == CONTENT
-    assert PER_PROCESS.get(("s3", False), lambda: None) is not before
+    assert PER_PROCESS.get(("s3", False, QUICK.silence_s), lambda: None) is not before
 
 
 def test_an_object_that_changes_while_it_is_read_is_noticed(server: FaultyServer) -> None:
@@ -198,6 +197,79 @@ def test_a_probe_explains_what_s3_answers(server: FaultyServer, answer: tuple[in
     server.always = ("s3", answer)
     with pytest.raises(StorageError, match=reason):
         probe("s3://bucket/a.tar")
+
+
+def test_a_refused_connection_to_s3_is_tried_again(server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    forget_s3_clients()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    attempts: list[int] = []
+    monkeypatch.setattr(Retry, "pause", lambda _, attempt: attempts.append(attempt))
+    with pytest.raises(StorageError, match=r"127\.0\.0\.1:9") as caught:
+        read_all("s3://bucket/a.tar")
+    assert caught.value.kind == "unreachable"
+    assert attempts == [1, 2, 3]
+    forget_s3_clients()
+
+
+def test_a_profile_that_does_not_exist_is_named(server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    forget_s3_clients()
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(StorageError, match=r"\(nobody\) could not be found \(AWS_PROFILE\)") as caught:
+        read_all("s3://bucket/a.tar")
+    assert caught.value.kind == "denied"
+    forget_s3_clients()
+
+
+@pytest.mark.parametrize(
+    ("settings", "header", "value"),
+    [
+        ({"requester_pays": True}, "x-amz-request-payer", "requester"),
+        ({"requester_pays": "true", "anon": "false"}, "x-amz-request-payer", "requester"),
+        ({"anon": "true"}, "Authorization", None),
+        ({"config_kwargs": {"user_agent_extra": "house"}}, "User-Agent", "house"),
+    ],
+)
+def test_fsspec_settings_for_s3_count(
+    server: FaultyServer, monkeypatch: pytest.MonkeyPatch, settings: dict[str, object], header: str, value: str | None
+) -> None:
+    from fsspec.config import conf
+
+    forget_s3_clients()
+    monkeypatch.setitem(conf, "s3", settings)
+    assert read_all("s3://bucket/a.tar") == CONTENT
+    sent = server.headers[-1]
+    assert value in (sent[header] or "") if value else header not in sent
+    forget_s3_clients()
+
+
+def test_a_server_that_gives_no_ranges_later_on_is_read_in_one_go(server: FaultyServer) -> None:
+    def no_more_ranges() -> None:
+        server.ranges = False
+
+    url = f"{server.url}/bucket/a.tar"
+    with open_stream(url, retry=QUICK, chunk_bytes=10_000, read_ahead=4) as stream:
+        assert stream.read(10) == CONTENT[:10]
+        no_more_ranges()
+        assert stream.read(10**7) == CONTENT[10:]
+
+
+def test_a_silent_command_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    began = time.monotonic()
+    retry = Retry(attempts=2, first_s=0.001, silence_s=0.02)
+    with (
+        pytest.raises(StorageError, match=r"wrote nothing for 0\.2 s") as caught,
+        open_stream("pipe:echo data; sleep 600", retry=retry) as stream,
+    ):
+        stream.read(100)
+    assert caught.value.kind == "unreachable"
+    assert time.monotonic() - began < 5
+
+
+def test_a_command_that_gives_less_when_run_again_is_a_failure(tmp_path: Path) -> None:
+    flag = tmp_path / "broke"
+    command = f"if [ -e {flag} ]; then echo less; else touch {flag}; echo more than that; exit 1; fi"
+    with pytest.raises(StorageError, match="gave 5 bytes where it had given 15 before"):
+        read_all(f"pipe:{command}")
 
 
 def test_without_credentials_a_public_bucket_still_works(server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
