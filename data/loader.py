@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
@@ -28,6 +29,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from data.batch import Batch, LaneCursor, Position, fingerprint_of
 from data.config import LoaderConfig
 from data.errors import DataConfigError, DataError
+from data.handoff import Receiver
 from data.order import block_bytes, deal, lanes_per_rank
 from data.preflight import PreflightReport, preflight
 from data.prepare import Preparer
@@ -95,6 +97,7 @@ class TrainLoader:
         self._stats = LoaderStats()
         self._plan = Plan(config, tokenize, start.lanes, start.block_bytes, dict(self._cursors))
         self._num_workers = min(config.workers, len(lanes))
+        self._receivers = [Receiver() for _ in range(max(1, self._num_workers))]
         self._parts: Iterator[Any] | None = None
         self._processes: list[BaseProcess] = []
 
@@ -103,7 +106,7 @@ class TrainLoader:
 
     def __next__(self) -> Batch:
         """The next batch. DataError when the data are too bad to go on, or a worker died."""
-        parts = [self._next_part() for _ in range(max(1, self._num_workers))]
+        parts = [self._next_part(receiver) for receiver in self._receivers]
         for part in parts:
             self._stats.add(part.stats)
         check_skip_fraction(self._stats, self._config.max_skip_fraction)
@@ -143,7 +146,7 @@ class TrainLoader:
             process.join()
         self._processes = []
 
-    def _next_part(self) -> Part:
+    def _next_part(self, receiver: Receiver) -> Part:
         if self._parts is None:
             self._parts = self._start_parts()
         try:
@@ -155,6 +158,7 @@ class TrainLoader:
             raise
         if isinstance(item, DataError):
             raise item
+        receiver.restore(item.images)
         return item
 
     def _start_parts(self) -> Iterator[Any]:
@@ -208,7 +212,8 @@ class _Parts(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
         assert info is not None
-        return run_worker(Worker(self._plan, info.id, info.num_workers, share_memory=True))
+        # The loader reads one part while up to _PREFETCH more are under way.
+        return run_worker(Worker(self._plan, info.id, info.num_workers, share_memory=True, num_slots=_PREFETCH + 1))
 
 
 class _Setup:
@@ -226,6 +231,7 @@ class _Setup:
         os.environ.clear()
         os.environ.update(self._environment)
         os.chdir(self._folder)
+        gc.freeze()  # what the fork server imported stays; searching it for garbage takes time
 
 
 def _fork_server() -> Any:
@@ -260,7 +266,10 @@ def _assemble(parts: list[Part], batch_size: int) -> Batch:
 
     def scatter(pieces: list[np.ndarray]) -> torch.Tensor:
         shape = (batch_size, *pieces[0].shape[1:])
-        whole = torch.empty(shape, dtype=torch.from_numpy(pieces[0]).dtype, pin_memory=is_pinned)
+        if is_pinned:
+            whole = torch.empty(shape, dtype=torch.from_numpy(pieces[0]).dtype, pin_memory=True)
+        else:
+            whole = torch.from_numpy(np.empty(shape, pieces[0].dtype))  # on huge pages, which torch does not ask for
         rows_of_whole = whole.numpy()  # 70 times faster than index_copy_
         for part, piece in zip(filled, pieces, strict=True):
             rows_of_whole[part.rows] = piece
@@ -271,7 +280,7 @@ def _assemble(parts: list[Part], batch_size: int) -> Batch:
     for part in filled:
         keys[part.rows], shards[part.rows] = part.keys, part.shards
     return Batch(
-        images=scatter([part.images.numpy() for part in filled]),
+        images=scatter([part.images.array() for part in filled]),
         tokens=scatter([part.tokens for part in filled]),
         draws={name: scatter([part.draws[name] for part in filled]) for name in filled[0].draws},
         keys=keys.tolist(),

@@ -17,6 +17,7 @@ from data.background import DaemonPool
 from data.batch import LaneCursor
 from data.config import LoaderConfig
 from data.errors import DataConfigError, DataError
+from data.handoff import Pixels, Sender
 from data.lanes import Lane, LaneReader
 from data.order import Order, deal, read_ahead_bytes, schedule_rows
 from data.prepare import Prepared, Preparer
@@ -48,7 +49,7 @@ class Part:
     """A worker's rows of one batch, with what was read for them and where its lanes then stood."""
 
     rows: np.ndarray  # int64 [k], rows of the batch
-    images: torch.Tensor  # uint8 [k, 3, H, W]
+    images: Pixels  # uint8 [k, 3, H, W]
     tokens: np.ndarray  # int64 [k, L]
     draws: dict[str, np.ndarray]  # each [k, ...]
     keys: list[str] = field(default_factory=list)
@@ -64,13 +65,16 @@ def order_of(config: LoaderConfig, num_lanes: int) -> Order:
 
 
 class Worker:
-    """Worker number `index` of `count` of a rank; `parts` yields one part a batch, for ever."""
+    """Worker number `index` of `count` of a rank; `parts` yields one part a batch, for ever.
 
-    def __init__(self, plan: Plan, index: int = 0, count: int = 1, share_memory: bool = False):
+    num_slots: parts whose pixels are kept; the one after them overwrites the first.
+    """
+
+    def __init__(self, plan: Plan, index: int = 0, count: int = 1, share_memory: bool = False, num_slots: int = 1):
         config = plan.config
         self._config = config
         self._tokenize = plan.tokenize
-        self._share_memory = share_memory
+        self._pixels = Sender(config.image_size, num_slots, share_memory)
         self._preparer = Preparer(config)
         self._urls = config.urls
         self._shard_sources = config.shard_sources
@@ -102,8 +106,8 @@ class Worker:
             yield self._part(rows, [self._lanes[place][1] for place in schedule[rows]])
 
     def _part(self, rows: np.ndarray, lanes: Sequence[Lane]) -> Part:
-        part = Part(rows, self._new_images(len(rows)), np.zeros((len(rows), 0), np.int64), {})
-        images = part.images.numpy()
+        pixels, images = self._pixels.take(len(rows))
+        part = Part(rows, pixels, np.zeros((len(rows), 0), np.int64), {})
         captions: list[str] = []
         draws: list[dict[str, torch.Tensor]] = []
         for row, lane in enumerate(lanes):
@@ -120,14 +124,6 @@ class Worker:
         part.stats, self._new = self._new, LoaderStats()
         self._all.add(part.stats)
         return part
-
-    def _new_images(self, count: int) -> torch.Tensor:
-        shape = (count, 3, *self._config.image_size)
-        if not (self._share_memory and count):
-            return torch.empty(shape, dtype=torch.uint8)
-        # Filled where the parent will read it, as torch's own collate function does: one copy less.
-        storage = torch.UntypedStorage._new_shared(int(np.prod(shape)), device="cpu")
-        return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
     def _next_good(self, lane: Lane) -> tuple[RawSample, Prepared]:
         """The lane's next sample that can be used; those that cannot are counted on the way."""
