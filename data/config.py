@@ -39,6 +39,7 @@ class LoaderConfig:
     caption_key: str = "txt"
     shuffle_budget_mib: int = 256  # of each worker
     max_image_pixels: int = 100_000_000
+    image_decode: str = "exact"  # or fast: see data.scaled
     max_skip_fraction: float = 0.1
     num_samples: int | None = None
     csv_separator: str = "\t"

@@ -28,6 +28,7 @@ class Config:
     aug: AugmentConfig = AugmentConfig()
     caption_key: str = "txt"
     max_image_pixels: int = 10**6
+    image_decode: str = "exact"
 
 
 class WordTokenizer:
