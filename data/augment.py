@@ -131,9 +131,10 @@ def sample_crop(height: int, width: int, aug: AugmentConfig, random: KeyedRandom
     When no try fits, the largest central crop whose shape lies within `ratio`.
     """
     draws = random.uniforms(2 * _ATTEMPTS + 2).tolist()
+    log_ratio = math.log(aug.ratio[0]), math.log(aug.ratio[1])
     for attempt in range(_ATTEMPTS):
         area = _between(draws[2 * attempt], aug.scale) * height * width
-        aspect = math.exp(_between(draws[2 * attempt + 1], (math.log(aug.ratio[0]), math.log(aug.ratio[1]))))
+        aspect = math.exp(_between(draws[2 * attempt + 1], log_ratio))
         crop_w, crop_h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < crop_w <= width and 0 < crop_h <= height:
             return _offset(draws[-2], height - crop_h), _offset(draws[-1], width - crop_w), crop_h, crop_w

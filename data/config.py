@@ -45,6 +45,7 @@ class LoaderConfig:
     where: str | None = None
     shuffle_budget_mib: int = 256  # of each worker
     max_image_pixels: int = 100_000_000
+    image_decode: str = "exact"  # or fast: see data.scaled
     max_skip_fraction: float = 0.1
     num_samples: int | None = None
     csv_separator: str = "\t"

@@ -29,8 +29,8 @@ _SURPLUS = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 _MAX_SURPLUS_BYTES = 256
 
 
-def decode_rgb(data: bytes, max_pixels: int) -> np.ndarray:
-    """The picture in `data` as uint8 [H, W, 3].
+def decode_rgb(data: bytes, max_pixels: int, smallest: tuple[int, int] = (0, 0)) -> np.ndarray:
+    """The picture in `data` as uint8 [H, W, 3]; a JPEG reduced as far as it stays at least `smallest` (h, w), if given.
 
     Raises SampleError: "empty_image" for no bytes, "too_many_pixels" when the header announces more than
     `max_pixels` (nothing is decoded then), "undecodable_image" for everything that is not a whole picture.
@@ -38,7 +38,7 @@ def decode_rgb(data: bytes, max_pixels: int) -> np.ndarray:
     if not data:
         raise SampleError("empty_image")
     try:
-        pixels = _decode_jpeg(data, max_pixels) if data.startswith(_JPEG_MAGIC) else None
+        pixels = _decode_jpeg(data, max_pixels, smallest) if data.startswith(_JPEG_MAGIC) else None
         return _decode_any(data, max_pixels) if pixels is None else pixels
     except SampleError:
         raise
@@ -48,14 +48,14 @@ def decode_rgb(data: bytes, max_pixels: int) -> np.ndarray:
         raise SampleError("undecodable_image", str(error)) from error
 
 
-def _decode_jpeg(data: bytes, max_pixels: int) -> np.ndarray | None:
+def _decode_jpeg(data: bytes, max_pixels: int, smallest: tuple[int, int]) -> np.ndarray | None:
     """uint8 [H, W, 3], or None when Pillow has to judge; SampleError when part of the picture is missing."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
         _check_pixels(height, width, max_pixels)
         if colorspace in ("CMYK", "YCCK"):
             return _rgb_of_cmyk(simplejpeg.decode_jpeg(data, colorspace="CMYK"))
-        return simplejpeg.decode_jpeg(data, colorspace="RGB")
+        return simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=smallest[0], min_width=smallest[1])
     except ValueError as error:
         if _lost_pixels(str(error)):
             raise SampleError("undecodable_image", str(error)) from error

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -29,6 +30,7 @@ from data.batch import Batch, LaneCursor, Position, fingerprint_of
 from data.config import LoaderConfig
 from data.errors import DataConfigError, DataError
 from data.fork_server import RUN_SIGNALS, WorkerContext, end_with_parent, scratch_folder
+from data.handoff import Receiver
 from data.order import block_bytes, deal, lanes_per_rank, streams_of
 from data.preflight import PreflightReport, preflight
 from data.prepare import Preparer
@@ -99,6 +101,7 @@ class TrainLoader:
         self._stats = LoaderStats()
         self._plan = Plan(config, tokenize, start.lanes, start.block_bytes, dict(self._cursors))
         self._num_workers = min(config.workers, len(lanes))
+        self._receivers = [Receiver() for _ in range(max(1, self._num_workers))]
         self._parts: Iterator[Any] | None = None
         self._processes: list[BaseProcess] = []
         self._context: WorkerContext | None = None
@@ -108,7 +111,7 @@ class TrainLoader:
 
     def __next__(self) -> Batch:
         """The next batch. DataError when the data are too bad to go on, or a worker died."""
-        parts = [self._next_part() for _ in range(max(1, self._num_workers))]
+        parts = [self._next_part(receiver) for receiver in self._receivers]
         if self._context is not None:
             self._context.forget_names()
             self._context = None
@@ -150,7 +153,7 @@ class TrainLoader:
             process.join()
         self._processes = []
 
-    def _next_part(self) -> Part:
+    def _next_part(self, receiver: Receiver) -> Part:
         if self._parts is None:
             self._parts = self._start_parts()
         try:
@@ -162,6 +165,7 @@ class TrainLoader:
             raise
         if isinstance(item, DataError):
             raise item
+        receiver.restore(item.images)
         return item
 
     def _start_parts(self) -> Iterator[Any]:
@@ -216,7 +220,8 @@ class _Parts(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
         assert info is not None
-        return run_worker(Worker(self._plan, info.id, info.num_workers, share_memory=True))
+        # The loader reads one part while up to _PREFETCH more are under way.
+        return run_worker(Worker(self._plan, info.id, info.num_workers, share_memory=True, num_slots=_PREFETCH + 1))
 
 
 class _Setup:
@@ -236,6 +241,7 @@ class _Setup:
         os.environ.clear()
         os.environ.update(self._environment)
         os.chdir(self._folder)
+        gc.freeze()  # what the fork server imported stays; searching it for garbage takes time
 
 
 def _kill(process: BaseProcess) -> None:
@@ -257,7 +263,10 @@ def _assemble(parts: list[Part], batch_size: int) -> Batch:
 
     def scatter(pieces: list[np.ndarray]) -> torch.Tensor:
         shape = (batch_size, *pieces[0].shape[1:])
-        whole = torch.empty(shape, dtype=torch.from_numpy(pieces[0]).dtype, pin_memory=is_pinned)
+        if is_pinned:
+            whole = torch.empty(shape, dtype=torch.from_numpy(pieces[0]).dtype, pin_memory=True)
+        else:
+            whole = torch.from_numpy(np.empty(shape, pieces[0].dtype))  # on huge pages, which torch does not ask for
         rows_of_whole = whole.numpy()  # 70 times faster than index_copy_
         for part, piece in zip(filled, pieces, strict=True):
             rows_of_whole[part.rows] = piece
@@ -268,7 +277,7 @@ def _assemble(parts: list[Part], batch_size: int) -> Batch:
     for part in filled:
         keys[part.rows], shards[part.rows] = part.keys, part.shards
     return Batch(
-        images=scatter([part.images.numpy() for part in filled]),
+        images=scatter([part.images.array() for part in filled]),
         tokens=scatter([part.tokens for part in filled]),
         draws={name: scatter([part.draws[name] for part in filled]) for name in filled[0].draws},
         keys=keys.tolist(),

@@ -6,6 +6,8 @@ flip; what follows it (jitter, grey, erasing, normalisation) is drawn here and d
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,9 +15,10 @@ import torch
 
 from data.augment import AugmentConfig, draw_augmentations, sample_crop
 from data.captions import CaptionConfig, draw_caption
-from data.decode import decode_rgb, resize_crop
+from data.decode import Box, decode_rgb, resize_crop
 from data.randomness import KeyedRandom
 from data.samples import IMAGE_EXTENSIONS, RawSample, SampleError
+from data.scaled import load_crop
 
 
 class PrepareConfig(Protocol):
@@ -35,6 +38,9 @@ class PrepareConfig(Protocol):
 
     @property
     def max_image_pixels(self) -> int: ...
+
+    @property
+    def image_decode(self) -> str: ...
 
 
 @dataclass(slots=True)
@@ -65,8 +71,19 @@ class Preparer:
         config = self.config
         # Before the picture: decoding for nothing is the dearest way to skip.
         caption = draw_caption(raw, config.captions, random_key)
-        image = decode_rgb(image_of(raw), config.max_image_pixels)
-        random = KeyedRandom("prepare", *random_key)
-        box = sample_crop(image.shape[0], image.shape[1], config.aug, random)
-        pixels = resize_crop(image, box, config.image_size, config.interpolation)
+        data, random = image_of(raw), KeyedRandom("prepare", *random_key)
+
+        @functools.cache  # drawn once, whichever way asks first
+        def crop_of(height: int, width: int) -> Box:
+            return sample_crop(height, width, config.aug, random)
+
+        pixels = self._fast(data, crop_of) if config.image_decode == "fast" else None
+        if pixels is None:
+            image = decode_rgb(data, config.max_image_pixels)
+            box = crop_of(image.shape[0], image.shape[1])
+            pixels = resize_crop(image, box, config.image_size, config.interpolation)
         return Prepared(pixels, caption, draw_augmentations(config.aug, config.image_size, random))
+
+    def _fast(self, data: bytes, crop_of: Callable[[int, int], Box]) -> torch.Tensor | None:
+        config = self.config
+        return load_crop(data, config.max_image_pixels, crop_of, config.image_size, config.interpolation)

@@ -6,7 +6,6 @@ not talk to each other and their number leaves no trace in a batch.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ from data.background import DaemonPool
 from data.batch import LaneCursor
 from data.config import LoaderConfig
 from data.errors import DataConfigError, DataError
+from data.handoff import Pixels, Sender
 from data.lanes import Block, Lane, MixedLane
 from data.order import deal, schedule_rows, streams_of
 from data.prepare import Prepared, Preparer
@@ -49,7 +49,7 @@ class Part:
     """A worker's rows of one batch, with what was read for them and where its lanes then stood."""
 
     rows: np.ndarray  # int64 [k], rows of the batch
-    images: torch.Tensor  # uint8 [k, 3, H, W]
+    images: Pixels  # uint8 [k, 3, H, W]
     tokens: np.ndarray  # int64 [k, L]
     draws: dict[str, np.ndarray]  # each [k, ...]
     keys: list[str] = field(default_factory=list)
@@ -59,13 +59,16 @@ class Part:
 
 
 class Worker:
-    """Worker number `index` of `count` of a rank; `parts` yields one part a batch, for ever."""
+    """Worker number `index` of `count` of a rank; `parts` yields one part a batch, for ever.
 
-    def __init__(self, plan: Plan, index: int = 0, count: int = 1, share_memory: bool = False):
+    num_slots: parts whose pixels are kept; the one after them overwrites the first.
+    """
+
+    def __init__(self, plan: Plan, index: int = 0, count: int = 1, share_memory: bool = False, num_slots: int = 1):
         config = plan.config
         self._config = config
         self._tokenize = plan.tokenize
-        self._share_memory = share_memory
+        self._pixels = Sender(config.image_size, num_slots, share_memory)
         self._preparer = Preparer(config)
         self._shard_sources = config.shard_sources
         streams = config.streams_per_lane
@@ -92,8 +95,8 @@ class Worker:
             yield self._part(rows, [self._lanes[place][1] for place in schedule[rows]])
 
     def _part(self, rows: np.ndarray, lanes: Sequence[Lane | MixedLane]) -> Part:
-        part = Part(rows, self._new_images(len(rows)), np.zeros((len(rows), 0), np.int64), {})
-        images = part.images.numpy()
+        pixels, images = self._pixels.take(len(rows))
+        part = Part(rows, pixels, np.zeros((len(rows), 0), np.int64), {})
         captions: list[str] = []
         draws: list[dict[str, torch.Tensor]] = []
         for row, lane in enumerate(lanes):
@@ -117,21 +120,6 @@ class Worker:
             ours = lane.cursors
             cursors |= zip(streams_of(number, len(ours)), ours, strict=True)
         return cursors
-
-    def _new_images(self, count: int) -> torch.Tensor:
-        shape = (count, 3, *self._config.image_size)
-        if not (self._share_memory and count):
-            return torch.empty(shape, dtype=torch.uint8)
-        # Filled where the parent will read it, as torch's own collate function does: one copy less. Without a
-        # name, unlike torch's: a worker that is killed leaves nothing, and the size of /dev/shm is no limit.
-        num_bytes = int(np.prod(shape))
-        memory = os.memfd_create("clipyard")
-        try:
-            os.ftruncate(memory, num_bytes)
-            storage = torch.UntypedStorage._new_shared_fd_cpu(memory, num_bytes)  # type: ignore[attr-defined]
-        finally:
-            os.close(memory)
-        return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
     def _next_good(self, lane: Lane | MixedLane) -> tuple[RawSample, Prepared]:
         """The lane's next sample that can be used; those that cannot are counted on the way."""

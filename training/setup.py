@@ -184,6 +184,7 @@ def loader_config(
         where=section.where,
         shuffle_budget_mib=section.shuffle_budget_mib,
         max_image_pixels=section.max_image_pixels,
+        image_decode=section.image_decode,
         max_skip_fraction=section.max_skip_fraction,
         csv_separator=section.csv_separator,
         csv_img_key=section.csv_img_key,

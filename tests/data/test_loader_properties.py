@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from data.batch import Batch, Position
 from data.config import LoaderConfig
+from data.handoff import Receiver
 from data.loader import TrainLoader, _assemble, build_train_loader
 from data.urls import Source
 from data.worker import Worker
@@ -53,7 +54,7 @@ class Run:
         self.loaders = [build_train_loader(config, no_tokens, rank, ranks, position) for rank in range(ranks)]
         for loader in self.loaders:
             loader._parts = self._in_turn(loader, workers)
-            loader._num_workers = workers
+            loader._receivers = [Receiver() for _ in range(workers)]
 
     @staticmethod
     def _in_turn(loader: TrainLoader, count: int) -> Iterator[object]:

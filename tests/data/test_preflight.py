@@ -30,6 +30,7 @@ class Config:
     aug: AugmentConfig = AugmentConfig()
     captions: CaptionConfig = CaptionConfig()
     max_image_pixels: int = 10**6
+    image_decode: str = "exact"
 
 
 class WordTokenizer:

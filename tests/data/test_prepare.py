@@ -12,6 +12,7 @@ from data.decode import decode_rgb, resize_crop
 from data.prepare import Prepared, Preparer
 from data.randomness import KeyedRandom
 from data.samples import RawSample, SampleError
+from scripts.benchmark_pictures import photo
 from tests.data.pictures import encode, jpeg, picture
 
 
@@ -22,6 +23,7 @@ class Config:
     aug: AugmentConfig = AugmentConfig(re_prob=0.5, color_jitter=0.4)
     captions: CaptionConfig = CaptionConfig()
     max_image_pixels: int = 10**6
+    image_decode: str = "exact"
 
 
 def sample(**fields: bytes) -> RawSample:
@@ -96,3 +98,39 @@ def test_what_cannot_be_used_says_why(fields: dict[str, bytes], reason: str) -> 
     with pytest.raises(SampleError) as caught:
         Preparer(Config()).prepare(sample(**fields), (0,))
     assert caught.value.reason == reason
+
+
+def test_fast_decoding_takes_the_same_crop_and_draws() -> None:
+    large = sample(jpg=encode(photo(500, 400, 3)), txt=b"a")
+    for key in range(5):
+        exact = Preparer(Config()).prepare(large, (key,))
+        fast = Preparer(Config(image_decode="fast")).prepare(large, (key,))
+        assert not torch.equal(fast.image, exact.image)
+        assert (fast.image.float() - exact.image.float()).abs().mean() <= 2
+        assert all(torch.equal(fast.draws[name], exact.draws[name]) for name in exact.draws)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"jpg": jpeg()}, {"jpg": encode(picture().convert("CMYK"))}, {"png": encode(picture(200, 200), "PNG")}]
+)
+def test_fast_decoding_changes_nothing_where_it_saves_nothing(fields: dict[str, bytes]) -> None:
+    size = (64, 64)
+    for key in range(5):
+        exact = Preparer(Config(image_size=size)).prepare(sample(txt=b"a", **fields), (key,))
+        assert equal(
+            Preparer(Config(image_size=size, image_decode="fast")).prepare(sample(txt=b"a", **fields), (key,)), exact
+        )
+
+
+@pytest.mark.parametrize("decode", ["exact", "fast"])
+def test_reasons_do_not_depend_on_the_way_of_decoding(decode: str) -> None:
+    whole = jpeg(300, 400)
+    for data, reason in (
+        (whole[: len(whole) // 2], "undecodable_image"),
+        (b"", "empty_image"),
+        (b"\xff\xd8\xff", "undecodable_image"),
+        (jpeg(1001, 1000), "too_many_pixels"),
+    ):
+        with pytest.raises(SampleError) as caught:
+            Preparer(Config(image_decode=decode)).prepare(sample(jpg=data, txt=b"a"), (0,))
+        assert caught.value.reason == reason
