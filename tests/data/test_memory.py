@@ -18,6 +18,7 @@ from data.lanes import Lane, LaneReader
 from data.loader import TrainLoader
 from data.order import Order, block_bytes, read_ahead_bytes
 from data.readers import TarReader
+from tests.data.faulty_server import serve
 from tests.data.test_loader import build, config_of
 from tests.helpers.shards import write_shards
 
@@ -53,15 +54,19 @@ def noisy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int
 
 
 @pytest.mark.slow
-def test_workers_stay_as_large_as_they_were(noisy: Callable[[int, int], list[Path]]) -> None:
+@pytest.mark.parametrize("remote", [False, True])
+def test_workers_stay_as_large_as_they_were(noisy: Callable[[int, int], list[Path]], remote: bool) -> None:
     paths, sizes = noisy(4, 40), (40,) * 4
-    config = config_of(paths, sizes=sizes, batch_size=32, image_size=(64, 64), workers=2, shuffle_budget_mib=8)
-    looks = []
-    with build(config) as loader:
-        for epochs in (6, 6, 24):
-            for _ in range(epochs * 5):
-                next(loader)
-            looks.append(max(_unique_mib(loader)))
+    with serve() as server:
+        server.objects = {f"/{path.name}": path.read_bytes() for path in paths}
+        urls = [f"{server.url}/{path.name}" for path in paths] if remote else paths
+        config = config_of(urls, sizes=sizes, batch_size=32, image_size=(64, 64), workers=2, shuffle_budget_mib=8)
+        looks = []
+        with build(config) as loader:
+            for epochs in (6, 6, 24):
+                for _ in range(epochs * 5):
+                    next(loader)
+                looks.append(max(_unique_mib(loader)))
     assert looks[-1] < looks[0] + SLACK_MIB, looks
 
 
