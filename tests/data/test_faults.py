@@ -238,6 +238,7 @@ def test_a_shard_that_never_comes_ends_within_a_bound(proxy: FaultyProxy, fault:
     assert time.monotonic() - began < 4
 
 
+@pytest.mark.slow
 def test_leaving_in_the_middle_of_faults_is_silent(proxy: FaultyProxy, capfd: pytest.CaptureFixture[str]) -> None:
     proxy.schedule = seeded(3, 0.5)
     with build(config_of("s3://{}", workers=1)) as loader:
