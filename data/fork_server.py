@@ -7,6 +7,8 @@ one serves the loader alone, has imported torch once, and cannot be signalled aw
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import io
 import multiprocessing
 import multiprocessing.connection
@@ -21,6 +23,7 @@ from multiprocessing.synchronize import SemLock
 
 from data.background import PER_PROCESS
 
+_M_ARENA_MAX = -8  # malloc.h
 RUN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # Nothing of ours: the server has not the import path of the process that starts it, and might find another `data`.
 _PRELOAD = ["torch", "torch.utils.data", "PIL.Image", "simplejpeg"]
@@ -94,6 +97,15 @@ def _server() -> forkserver.ForkServer:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
     return server
+
+
+def share_arenas() -> None:
+    """In a worker: its threads allocate from two arenas, not from one each, where blocks come and go between them.
+
+    glibc's own limit is eight arenas a core, and each keeps the most that it ever held.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
 
 
 def scratch_folder() -> str | None:

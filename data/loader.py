@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from data.batch import Batch, LaneCursor, Position, fingerprint_of
 from data.config import LoaderConfig
 from data.errors import DataConfigError, DataError
-from data.fork_server import RUN_SIGNALS, WorkerContext, end_with_parent, scratch_folder
+from data.fork_server import RUN_SIGNALS, WorkerContext, end_with_parent, scratch_folder, share_arenas
 from data.handoff import Receiver
 from data.order import block_bytes, deal, lanes_per_rank, streams_of
 from data.preflight import PreflightReport, preflight
@@ -235,6 +235,7 @@ class _Setup:
     def __call__(self, worker: int) -> None:
         for number in RUN_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+        share_arenas()
         end_with_parent(self._scratch)
         with contextlib.suppress(OSError):
             os.setpgid(0, 0)  # out of reach of signals to the trainer's group, and one target together with its pipes

@@ -31,6 +31,7 @@ from tests.helpers.shards import make_sample
 
 NUM_SHARDS, PER_SHARD = 6, 12
 SAMPLES = range(NUM_SHARDS * PER_SHARD)
+BROKEN = ("reset", "short", "slow_down", "hang_up")
 QUICK = Retry(attempts=8, first_s=0.001, longest_s=0.02, silence_s=0.5)
 
 
@@ -49,7 +50,9 @@ def _write_shard(number: int) -> bytes:
 @pytest.fixture(scope="module")
 def running(s3_server: S3Server) -> Iterator[FaultyProxy]:
     for number in range(NUM_SHARDS):
-        s3_server.upload(_write_shard(number), f"faults/{number}.tar")
+        key = f"faults/{number}.tar"
+        s3_server.upload(_write_shard(number), key)
+        s3_server.client().put_object_acl(Bucket=s3_server.bucket, Key=key, ACL="public-read")  # for plain HTTP
     with faulty_proxy(s3_server.endpoint_url) as proxy:
         yield proxy
 
@@ -80,7 +83,7 @@ def numbers(loader: TrainLoader, count: int) -> Counter[int]:
 
 @pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 24))])
 def test_an_epoch_over_s3_in_spite_of_faults_is_every_sample_once(proxy: FaultyProxy, seed: int) -> None:
-    proxy.schedule = seeded(seed, kinds=("reset", "short", "slow_down", "hang_up"))
+    proxy.schedule = seeded(seed, kinds=BROKEN)
     with build(config_of("s3://{}")) as loader:
         assert numbers(loader, 6) == dict.fromkeys(SAMPLES, 1)
         assert not loader.stats().failed_shards
@@ -88,7 +91,7 @@ def test_an_epoch_over_s3_in_spite_of_faults_is_every_sample_once(proxy: FaultyP
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("form", ["s3://{}", "http://{proxy}/{}", "simplecache::s3://{}"])
 def test_an_epoch_by_every_way_is_every_sample_once(
@@ -96,8 +99,7 @@ def test_an_epoch_by_every_way_is_every_sample_once(
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     # fsspec's S3 has retries of its own and waits a minute for a silent server, whatever we ask.
-    kinds = ("reset", "short", "slow_down", "hang_up") if "::" in form else None
-    proxy.schedule = seeded(seed, 0.2, kinds) if kinds else seeded(seed, 0.2)
+    proxy.schedule = seeded(seed, 0.5, BROKEN) if "::" in form else seeded(seed, 0.15)
     form = form.replace("{proxy}", proxy.url.removeprefix("http://"))
     with build(config_of(form, workers=workers)) as loader:
         assert numbers(loader, 6) == dict.fromkeys(SAMPLES, 1)
@@ -109,11 +111,24 @@ def test_an_epoch_by_every_way_is_every_sample_once(
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_by_a_command_in_spite_of_faults_is_every_sample_once(proxy: FaultyProxy, workers: int) -> None:
-    proxy.schedule = seeded(workers, 0.2, ("reset", "short", "slow_down"))
+    # Not "short": after a body that ends early the AWS CLI sends the object's beginning again, and ends with code 0.
+    kinds = ("reset", "slow_down")
+    proxy.schedule = lambda number, path: Fault(kinds[number // 3 % 2], 100_000) if number % 3 == 2 else Fault()
     with build(config_of("pipe:aws s3 cp s3://{} -", workers=workers, batch_size=2)) as loader:
-        assert numbers(loader, len(SAMPLES) // 2) == dict.fromkeys(SAMPLES, 1)
-        assert not loader.stats().failed_shards
+        seen = numbers(loader, len(SAMPLES) // 2)
+        assert not loader.stats().examples
+        assert seen == dict.fromkeys(SAMPLES, 1)
     assert proxy.spent
+
+
+@pytest.mark.slow
+def test_what_a_command_garbles_is_counted_and_named(proxy: FaultyProxy) -> None:
+    proxy.schedule = lambda number, path: Fault("short", 100_001) if path.endswith("3.tar") else Fault()
+    with build(config_of("pipe:aws s3 cp s3://{} -", batch_size=1, max_skip_fraction=0.5)) as loader:
+        seen = numbers(loader, len(SAMPLES) - PER_SHARD)
+        assert loader.stats().failed_shards.total() == 1
+        assert "faults/3.tar" in next(iter(loader.stats().examples.values()))
+    assert max(seen.values()) == 1
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -143,7 +158,7 @@ def test_what_cannot_be_read_is_counted_and_named(
 
 @pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, 2, 3))])
 def test_a_resume_in_the_middle_of_faults_neither_repeats_nor_loses(proxy: FaultyProxy, seed: int) -> None:
-    proxy.schedule = seeded(seed, kinds=("reset", "short", "slow_down", "hang_up"))
+    proxy.schedule = seeded(seed, kinds=BROKEN)
     config = config_of("s3://{}", batch_size=8)
     steps = 1 + seed * 2
     with build(config) as loader:
@@ -223,6 +238,7 @@ def test_a_shard_that_never_comes_ends_within_a_bound(proxy: FaultyProxy, fault:
     assert time.monotonic() - began < 4
 
 
+@pytest.mark.slow
 def test_leaving_in_the_middle_of_faults_is_silent(proxy: FaultyProxy, capfd: pytest.CaptureFixture[str]) -> None:
     proxy.schedule = seeded(3, 0.5)
     with build(config_of("s3://{}", workers=1)) as loader:
