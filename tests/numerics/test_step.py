@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from data import AugmentConfig, Batch, DeviceTransform
 from tests.helpers.gloo import run_ranks
 from training.config import ClusterConfig, ModelConfig, OptimConfig
 from training.distributed import World, session
+from training.losses import Contrastive
+from training.losses.objective import joined
 from training.optimizer import build_optimizer
 from training.parallel import parallelize
 from training.step import TrainStep
@@ -42,7 +45,7 @@ def _step(model: nn.Module, world: World, *, accum: int = 1, precision: str = "f
     optimizer = build_optimizer(model, OptimConfig(lr=1e-3), "vit", ())
     wrapped = parallelize(model, ModelConfig(grad_checkpointing=False), ClusterConfig(device="cpu", **cluster), world)
     transform = DeviceTransform((0.5,) * 3, (0.5,) * 3, AugmentConfig())
-    return TrainStep(wrapped, optimizer, transform, world, 0, precision, accum, 1.0, True)
+    return TrainStep(wrapped, optimizer, transform, world, 0, precision, accum, 1.0, Contrastive())
 
 
 def _gradients(accum: int, name: str, patch_dropout: float = 0.0) -> dict[str, Tensor]:
@@ -72,8 +75,7 @@ def test_accumulation_repeats_the_random_draws_of_each_micro_batch() -> None:
     whole = _step(reference, World())
     reference.train()
     outputs = [whole._forward(part, 0, i) for i, part in enumerate(_batch(0).split(accum))]
-    features = [torch.cat([output[i] for output in outputs]) for i in (0, 1)]
-    whole._loss(features[0], features[1], reference.logit_scale.exp()).backward()
+    whole._backward(replace(joined(outputs), scale=reference.logit_scale.exp()))
     norm = nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
     result = step(_batch(0), 0, 0.0)
     torch.testing.assert_close(result.grad_norm, norm, rtol=1e-5, atol=0)
