@@ -82,7 +82,8 @@ def sigmoid_definition(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor)
 def _teacher(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Another embedding size and temperature; a function of the student's rows alone, so that ranks agree."""
     mix = torch.randn(image.shape[1], 7, generator=torch.Generator().manual_seed(5)).to(image.dtype)
-    return F.normalize(image @ mix, dim=1), F.normalize((image**2) @ mix, dim=1), torch.tensor(20.0)
+    with torch.autocast("cpu", enabled=False):
+        return F.normalize(image @ mix, dim=1), F.normalize((image**2) @ mix, dim=1), torch.tensor(20.0)
 
 
 def distill(image: Tensor, text: Tensor, scale: Tensor, local_loss: bool) -> Tensor:
