@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from training.gather import all_gather_rows, gather_with_grad, reduce_scatter_rows
-from training.losses.blocks import column_blocks, full_precision, normalizers, shares, with_gradients
+from training.losses.blocks import block_buffers, column_blocks, full_precision, normalizers, shares, with_gradients
 
 
 class Similarities(NamedTuple):
@@ -59,20 +59,23 @@ def _streamed(*tensors: Tensor) -> tuple[Tensor | None, ...]:
     sums = normalizers(image_BE, text_GE, scale)
     targets = normalizers(teacher.image, teacher_GE, teacher.scale)
 
+    kept_B = targets.missing_B - sums.missing_B
     scaled_BE, scaled_teacher_BE = image_BE * scale, teacher.image * teacher.scale
     value = scale.new_zeros((), dtype=torch.float64)
     grad_image_BE = torch.zeros_like(image_BE)
     grad_text_GE = torch.empty_like(text_GE)
+    buffers = block_buffers(5, image_BE, len(text_GE))
     for block in column_blocks(len(image_BE), len(text_GE)):
         columns, text_CE = block.columns, text_GE[block.columns]
-        logits_BC = torch.mm(scaled_BE, text_CE.T)
-        target_BC = torch.mm(scaled_teacher_BE, teacher_GE[columns].T)
-        cost, excess_BC = _direction(logits_BC, target_BC, sums.row_lse_B[:, None], targets.row_lse_B[:, None])
-        value += cost
-        cost, more_BC = _direction(logits_BC, target_BC, sums.column_lse_G[columns], targets.column_lse_G[columns])
-        value += cost
+        logits_BC, target_BC, excess_BC, share_BC, more_BC = (block.within(buffer) for buffer in buffers)
+        torch.mm(scaled_BE, text_CE.T, out=logits_BC)
+        torch.mm(scaled_teacher_BE, teacher_GE[columns].T, out=target_BC)
+        shares(target_BC, targets.row_lse_B[:, None], out=share_BC)
+        value += _cross_entropy(logits_BC, sums.row_lse_B[:, None], share_BC, out=excess_BC)
+        shares(target_BC, targets.column_lse_G[columns], out=share_BC)
+        value += _cross_entropy(logits_BC, sums.column_lse_G[columns], share_BC, out=more_BC)
         excess_BC += more_BC
-        block.positives(excess_BC).copy_((targets.missing_B - sums.missing_B)[block.rows])
+        block.positives(excess_BC).copy_(kept_B[block.rows])
         grad_image_BE.addmm_(excess_BC, text_CE)
         torch.mm(excess_BC.T, image_BE, out=grad_text_GE[columns])
 
@@ -84,9 +87,9 @@ def _streamed(*tensors: Tensor) -> tuple[Tensor | None, ...]:
     return (value * factor).float(), *gradients, None, None, None
 
 
-def _direction(logits_BC: Tensor, target_BC: Tensor, lse: Tensor, target_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of one direction, summed over the block, and its derivative by the student's logits [B, C]."""
-    target_share_BC = shares(target_BC, target_lse)
-    surprise_BC = lse.float() - logits_BC
-    cost = torch.linalg.vecdot(target_share_BC, surprise_BC).sum()
-    return cost, shares(logits_BC, lse, out=surprise_BC).sub_(target_share_BC)
+def _cross_entropy(logits_BC: Tensor, lse: Tensor, target_share_BC: Tensor, out: Tensor) -> Tensor:
+    """Of one direction, summed over the block; `out` receives its derivative by the student's logits."""
+    surprise_BC = torch.sub(lse.float(), logits_BC, out=out)
+    cost = torch.dot(target_share_BC.flatten(), surprise_BC.flatten())
+    shares(logits_BC, lse, out=out).sub_(target_share_BC)
+    return cost

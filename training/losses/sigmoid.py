@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training.gather import all_gather_rows, gather_with_grad, reduce_scatter_rows
-from training.losses.blocks import column_blocks, full_precision, own_rows, with_gradients
+from training.losses.blocks import block_buffers, column_blocks, full_precision, own_rows, with_gradients
 
 
 def sigmoid_loss(image_BE: Tensor, text_BE: Tensor, scale: Tensor, bias: Tensor, *, local_loss: bool = True) -> Tensor:
@@ -49,9 +49,10 @@ def _streamed(
 
     grad_image_BE = torch.zeros_like(image_BE)
     grad_text_GE = torch.empty_like(text_GE)
+    (buffer,) = block_buffers(1, image_BE, len(text_GE))
     for block in column_blocks(len(image_BE), len(text_GE)):
         text_CE = text_GE[block.columns]
-        logits_BC = torch.addmm(bias, scaled_BE, text_CE.T)
+        logits_BC = torch.mm(scaled_BE, text_CE.T, out=block.within(buffer)).add_(bias)
         block.positives(logits_BC).fill_(-torch.inf)
         value += F.softplus(logits_BC).sum()
         excess_BC = logits_BC.sigmoid_()

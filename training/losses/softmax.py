@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training.gather import all_gather_rows, gather_with_grad, reduce_scatter_rows
-from training.losses.blocks import column_blocks, full_precision, normalizers, shares, with_gradients
+from training.losses.blocks import block_buffers, column_blocks, full_precision, normalizers, shares, with_gradients
 
 
 def contrastive_loss(image_BE: Tensor, text_BE: Tensor, scale: Tensor, *, local_loss: bool = True) -> Tensor:
     """Contrastive loss of features of length 1, fp32 scalar; `scale` is the exponential of the log temperature.
 
+    Features may be a little longer than 1, and the scale is at most 100, or a sum may leave fp64.
     `local_loss` streams this rank's rows over all columns; otherwise every rank computes the dense global loss.
     Both have the same value on average over ranks, and the same gradients.
     """
@@ -41,16 +42,17 @@ def _streamed(image_BE: Tensor, text_BE: Tensor, scale: Tensor) -> tuple[Tensor,
     sums = normalizers(image_BE, text_GE, scale)
     value = (F.softplus(sums.row_odds_B) + F.softplus(sums.column_odds_B)).mean() / 2
 
-    scaled_BE = image_BE * scale
+    missing_B, scaled_BE = sums.missing_B, image_BE * scale
     grad_image_BE = torch.zeros_like(image_BE)
     grad_text_GE = torch.empty_like(text_GE)
+    buffer, scratch = block_buffers(2, image_BE, len(text_GE))
     for block in column_blocks(len(image_BE), len(text_GE)):
         text_CE = text_GE[block.columns]
-        logits_BC = torch.mm(scaled_BE, text_CE.T)
+        logits_BC = torch.mm(scaled_BE, text_CE.T, out=block.within(buffer))
         # d(loss)/d(logit) of a negative is its share of its row and of its column.
-        excess_BC = shares(logits_BC, sums.row_lse_B[:, None])
+        excess_BC = shares(logits_BC, sums.row_lse_B[:, None], out=block.within(scratch))
         excess_BC += shares(logits_BC, sums.column_lse_G[block.columns], out=logits_BC)
-        block.positives(excess_BC).copy_(-sums.missing_B[block.rows])
+        block.positives(excess_BC).copy_(-missing_B[block.rows])
         grad_image_BE.addmm_(excess_BC, text_CE)
         torch.mm(excess_BC.T, image_BE, out=grad_text_GE[block.columns])
 
