@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.helpers.gloo import gloo_group, run_ranks
 from tests.numerics.exact import (
@@ -25,6 +29,7 @@ from training import gather
 from training.losses import (
     Contrastive,
     Features,
+    blocks,
     contrastive_loss,
     dense_distillation_loss,
     dense_loss,
@@ -76,6 +81,31 @@ def test_a_single_process_takes_any_block(name: str) -> None:
     for case in CASES:
         if case.rows > 1:  # alone, a pair has no negative: the softmax losses are zero
             assert max(errors(name, case)) < TOLERANCE, case
+
+
+class _Largest(TorchDispatchMode):
+    """Remembers the largest result of any operation."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.numel = max([self.numel, *sizes])
+        return result
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_nothing_is_larger_than_a_block_and_no_logits_are_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 128 * 10)
+    image, text = (t.requires_grad_() for t in features("random", 128, 8))
+    shared = (torch.tensor(10.0), *([torch.tensor(BIAS)] if name == "sigmoid" else []))
+    with _Largest() as largest:
+        value = LOSSES[name][0](image, text, *shared, True)
+        kept = sum(t.numel() for t in value.grad_fn.saved_tensors if t is not None)
+        value.backward()
+    assert largest.numel == 128 * 10  # of 128 x 128 logits
+    assert kept <= 2 * 128 * 8 + 2  # the gradients
 
 
 def test_one_pair_alone_has_no_loss_and_no_gradient() -> None:
