@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from models.clip import CLIP
-    from models.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig, config_with
+    from models.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig, config_with, pair
     from models.errors import CheckpointError, ConfigError
     from models.factory import build_model, create_model, create_model_and_transforms, get_tokenizer
     from models.positions import Resized
@@ -28,6 +28,7 @@ _HOMES = {
         "TextConfig",
         "VisionConfig",
         "config_with",
+        "pair",
     ),
     "errors": (
         "CheckpointError",
@@ -80,6 +81,7 @@ __all__ = [
     "load_model_config",
     "load_pretrained",
     "normalize",
+    "pair",
     "read_weights",
 ]
 

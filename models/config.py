@@ -188,6 +188,8 @@ def config_with(
     image_std: Sequence[float] | None = None,
     image_interpolation: str | None = None,
     image_resize_mode: str | None = None,
+    init_logit_scale: float | None = None,
+    init_logit_bias: float | None = None,
 ) -> ModelConfig:
     """A copy with some settings changed; None, and an empty sequence, leave a setting as it is."""
     size = _as_size(image_size)
@@ -201,7 +203,15 @@ def config_with(
         interpolation=image_interpolation,
         resize_mode=image_resize_mode,
     )
-    return _replace(config, vision_cfg=vision, text_cfg=text, preprocess=preprocess, quick_gelu=quick_gelu)
+    return _replace(
+        config,
+        vision_cfg=vision,
+        text_cfg=text,
+        preprocess=preprocess,
+        quick_gelu=quick_gelu,
+        init_logit_scale=init_logit_scale,
+        init_logit_bias=init_logit_bias,
+    )
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:

@@ -99,6 +99,8 @@ class ModelConfig:
     grad_checkpointing: bool = option(
         False, "recompute blocks in the backward pass instead of keeping their activations"
     )
+    distill_model: str | None = option(None, "teacher whose similarities are distilled, as --model names it")
+    distill_pretrained: str | None = option(None, "the teacher's weights, in the forms of --pretrained")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +124,14 @@ class OptimConfig:
     clip_grad_norm: float | None = option(None, "clip the global gradient norm to this", aliases=("--grad-clip-norm",))
     local_loss: bool = option(True, "stream this rank's rows over all columns; --no-local-loss is the dense reference")
     gather_with_grad: bool = option(True, "gradients flow through the gather; the loss is exact only so")
+    siglip: bool = option(
+        False, "SigLIP's sigmoid loss; the temperature starts at ln 10 and a bias of the logits at -10"
+    )
+    loss_dist_impl: str | None = option(
+        None,
+        "no effect: the same loss by other exchanges between ranks",
+        choices=("bidir", "shift", "reduce", "gather"),
+    )
     on_nonfinite: str = option("skip", "a loss or gradient that is not finite", choices=("skip", "stop"))
     max_nonfinite: int = option(10, "steps in a row that --on-nonfinite skip tolerates")
 

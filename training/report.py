@@ -61,7 +61,7 @@ class Reporter:
         speed = self._plan.global_batch / batch_time
         return {
             "train/loss": loss,
-            "train/contrastive_loss": loss,
+            **{f"train/{name}": float(part) for name, part in result.losses.items()},
             "train/lr": rate,
             "train/logit_scale": float(result.scale),
             "train/grad_norm": float(result.grad_norm),

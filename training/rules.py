@@ -59,6 +59,10 @@ def _loss(config: TrainConfig) -> Iterator[str]:
             "--ddp-static-graph with --accum-freq > 1 is refused: under a static graph DDP's no_sync silently stops "
             "synchronising gradients; leave out --ddp-static-graph"
         )
+    if (config.model.distill_model is None) != (config.model.distill_pretrained is None):
+        yield "--distill-model and --distill-pretrained go together: a teacher, and what it has learnt"
+    if config.optim.siglip and config.model.distill_model is not None:
+        yield "--siglip with --distill-model is refused: what is distilled are softmaxes, which a sigmoid loss has not"
 
 
 def _data(config: TrainConfig) -> Iterator[str]:

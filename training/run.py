@@ -19,6 +19,7 @@ from training.feed import Feed
 from training.folder import RunFolder, run_folder
 from training.guard import NonFiniteGuard
 from training.loop import Cadence, Job, run_loop
+from training.losses.objective import build_objective
 from training.metrics import MetricsLog, read_metrics
 from training.plan import Plan, make_plan
 from training.preemption import Preemption
@@ -39,6 +40,7 @@ from training.setup import (
 )
 from training.sinks import SinkSettings, build_trackers, new_wandb_id, parse_report_to
 from training.step import TrainStep
+from training.teacher import build_teacher, resolve_teacher
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ class Setting:
     start: StartState
     loaded: LoadedCheckpoint | None
     model: models.ModelConfig
+    teacher: models.ModelConfig | None
     samples: Samples
     plan: Plan
     progress: Progress
@@ -93,11 +96,12 @@ def errors_noted() -> Iterator[None]:
 def settle(config: TrainConfig, world: World, folder: RunFolder, start: StartState) -> Setting:
     """Model, data and numbers of the run, checked against each other. Builds nothing."""
     model = resolve_model(config)
+    teacher = resolve_teacher(config.model, model)
     parse_report_to(config.log.report_to)
     samples = find_samples(config, world)
     plan = make_plan(config.optim, samples.per_epoch, world.size)
     loaded = load_start(start, world)
-    return Setting(config, world, folder, start, loaded, model, samples, plan, start_progress(loaded, plan))
+    return Setting(config, world, folder, start, loaded, model, teacher, samples, plan, start_progress(loaded, plan))
 
 
 def announce(setting: Setting) -> None:
@@ -248,5 +252,6 @@ def build_step(setting: Setting, learner: Learner) -> TrainStep:
         precision=config.model.precision,
         accum_steps=config.optim.accum_freq,
         clip_grad_norm=config.optim.clip_grad_norm,
-        local_loss=config.optim.local_loss,
+        objective=build_objective(config.optim, has_teacher=setting.teacher is not None),
+        teacher=build_teacher(config.model, setting.teacher, setting.world),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,11 @@ from training.parallel import parallelize
 from training.plan import Plan
 
 log = logging.getLogger(__name__)
+
+# Zhai et al. 2023, "Sigmoid loss for language image pre-training", section 3.2: most pairs are negatives, and the
+# loss starts near what they deserve. Weights that are loaded bring their own.
+SIGLIP_LOG_SCALE = math.log(10)
+SIGLIP_BIAS = -10.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,8 @@ def resolve_model(config: TrainConfig) -> models.ModelConfig:
         image_std=image.image_std,
         image_interpolation=image.image_interpolation,
         image_resize_mode=image.image_resize_mode,
+        init_logit_scale=SIGLIP_LOG_SCALE if config.optim.siglip else None,
+        init_logit_bias=SIGLIP_BIAS if config.optim.siglip else None,
     )
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ from data import Batch
 from models.resnet import frozen_batch_statistics
 from training.distributed import World
 from training.gather import all_reduce_sum
-from training.loss import contrastive_loss
+from training.losses import Features, Losses, Objective
+from training.losses.objective import joined
 from training.optimizer import set_learning_rate
 from training.parallel import autocast, unwrap, without_sync
 
@@ -32,6 +33,7 @@ class StepResult:
     """What a step leaves behind, on the device: nothing here has been waited for."""
 
     loss: Tensor  # global mean over ranks, 0-D
+    losses: Mapping[str, Tensor]  # its parts by name, global means, 0-D
     grad_norm: Tensor  # before clipping, 0-D
     scale: Tensor  # exponential of the temperature's logarithm, 0-D
     skipped: Tensor  # 1.0 when loss or gradient was not finite and nothing was updated, 0-D
@@ -49,63 +51,75 @@ class TrainStep:
     precision: str
     accum_steps: int
     clip_grad_norm: float | None
-    local_loss: bool
+    objective: Objective
+    teacher: nn.Module | None = None  # frozen; sees the same images and tokens
 
     def __call__(self, batch: Batch, step: int, rate: float) -> StepResult:
         """Update the parameters with this rank's `batch` of micro_batch x accum_steps rows."""
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         micro_batches = batch.split(self.accum_steps)
-        loss = self._accumulated(micro_batches, step) if self.accum_steps > 1 else self._single(micro_batches[0], step)
-        return self._update(loss, rate)
+        losses = (
+            self._accumulated(micro_batches, step) if self.accum_steps > 1 else self._single(micro_batches[0], step)
+        )
+        return self._update(losses, rate)
 
-    def _single(self, batch: Batch, step: int) -> Tensor:
-        image, text, scale = self._forward(batch, step, 0)
-        loss = self._loss(image, text, scale)
-        loss.backward()
-        return loss.detach()
+    def _single(self, batch: Batch, step: int) -> Losses:
+        return self._backward(self._forward(batch, step, 0, taught=True))
 
-    def _accumulated(self, batches: list[Batch], step: int) -> Tensor:
+    def _accumulated(self, batches: list[Batch], step: int) -> Losses:
         """Gao et al. 2021, "Scaling deep contrastive learning batch size", section 3, with the draws repeated.
 
         Features without graph, the gradient of the loss with respect to them once, then every micro-batch again
-        with that gradient. The temperature receives its gradient once, in the pass that synchronises.
+        with that gradient. Temperature and bias receive their gradient once, in the pass that synchronises.
         """
         with torch.no_grad(), frozen_batch_statistics(self.model):
-            outputs = [self._forward(batch, step, i, through=unwrap(self.model)) for i, batch in enumerate(batches)]
-        image = torch.cat([output[0] for output in outputs]).requires_grad_()
-        text = torch.cat([output[1] for output in outputs]).requires_grad_()
-        scale = outputs[0][2].clone().requires_grad_()
-        loss = self._loss(image, text, scale)
-        loss.backward()
-        image_grads, text_grads = image.grad.chunk(len(batches)), text.grad.chunk(len(batches))  # type: ignore[union-attr]
+            parts = [
+                self._forward(batch, step, i, through=unwrap(self.model), taught=True)
+                for i, batch in enumerate(batches)
+            ]
+        features = joined(parts).as_leaves()
+        losses = self._backward(features)
+        grads = list(zip(*(tensor.grad.chunk(len(batches)) for tensor in features.of_samples), strict=True))  # type: ignore[union-attr]
         for i, batch in enumerate(batches[:-1]):
             with without_sync(self.model):
-                again = self._forward(batch, step, i)
-                torch.autograd.backward(again[:2], [image_grads[i], text_grads[i]])
+                torch.autograd.backward(self._forward(batch, step, i).of_samples, grads[i])
         last = self._forward(batches[-1], step, len(batches) - 1)
-        torch.autograd.backward(last, [image_grads[-1], text_grads[-1], scale.grad])
-        return loss.detach()
+        shared = [tensor.grad for tensor in features.of_model]
+        torch.autograd.backward([*last.of_samples, *last.of_model], [*grads[-1], *shared])
+        return losses
 
     def _forward(
-        self, batch: Batch, step: int, micro: int, through: Callable[..., tuple[Tensor, ...]] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Features of one micro-batch and the scale, with the random draws that belong to it."""
+        self,
+        batch: Batch,
+        step: int,
+        micro: int,
+        through: Callable[..., tuple[Tensor, ...]] | None = None,
+        taught: bool = False,
+    ) -> Features:
+        """Features of one micro-batch, the teacher's too if `taught`, with the random draws that belong to it."""
         torch.manual_seed(draw_seed(self.seed, step, self.world.rank, micro))
         images = self.transform(batch.images, batch.draws)
         with autocast(self.precision, self.world.device):
-            image, text, scale = (through or self.model)(images, batch.tokens)[:3]
-        return image, text, scale
+            features = Features(*(through or self.model)(images, batch.tokens))
+            if self.teacher is None or not taught:
+                return features
+            with torch.no_grad():
+                return replace(features, teacher=Features(*self.teacher(images, batch.tokens)))
 
-    def _loss(self, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-        return contrastive_loss(image, text, scale, local_loss=self.local_loss)
+    def _backward(self, features: Features) -> Losses:
+        """The losses, detached, after the backward pass of their sum."""
+        losses = self.objective(features)
+        torch.stack(list(losses.values())).sum().backward()
+        return {name: loss.detach() for name, loss in losses.items()}
 
-    def _update(self, loss: Tensor, rate: float) -> StepResult:
+    def _update(self, losses: Losses, rate: float) -> StepResult:
         """Clip, update unless something is not finite, clamp the temperature. No host sync."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         grad_norm = get_total_norm([p.grad for p in parameters], foreach=True)
         # Collective: the mean loss is not finite on every rank as soon as it is on one.
-        mean_loss = all_reduce_sum(loss.clone()) / self.world.size
+        means = all_reduce_sum(torch.stack(list(losses.values()))) / self.world.size
+        mean_loss = means.sum()
         skipped = 1.0 - (torch.isfinite(mean_loss) & torch.isfinite(grad_norm)).float()
         if self.clip_grad_norm is not None:
             clip_grads_with_norm_(parameters, self.clip_grad_norm, grad_norm, foreach=True)
@@ -117,7 +131,9 @@ class TrainStep:
         log_scale = unwrap(self.model).logit_scale
         with torch.no_grad():
             log_scale.clamp_(0, MAX_LOG_SCALE)
-        return StepResult(mean_loss, grad_norm, log_scale.detach().exp(), skipped)
+        return StepResult(
+            mean_loss, dict(zip(losses, means, strict=True)), grad_norm, log_scale.detach().exp(), skipped
+        )
 
 
 def draw_seed(seed: int, step: int, rank: int, micro: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +13,11 @@ from data import AugmentConfig, Batch, DeviceTransform
 from tests.helpers.gloo import run_ranks
 from training.config import ClusterConfig, ModelConfig, OptimConfig
 from training.distributed import World, session
+from training.losses import Contrastive, Distillation
+from training.losses.objective import joined
 from training.optimizer import build_optimizer
 from training.parallel import parallelize
+from training.setup import SIGLIP_LOG_SCALE
 from training.step import TrainStep
 
 ROWS = 8
@@ -42,7 +45,7 @@ def _step(model: nn.Module, world: World, *, accum: int = 1, precision: str = "f
     optimizer = build_optimizer(model, OptimConfig(lr=1e-3), "vit", ())
     wrapped = parallelize(model, ModelConfig(grad_checkpointing=False), ClusterConfig(device="cpu", **cluster), world)
     transform = DeviceTransform((0.5,) * 3, (0.5,) * 3, AugmentConfig())
-    return TrainStep(wrapped, optimizer, transform, world, 0, precision, accum, 1.0, True)
+    return TrainStep(wrapped, optimizer, transform, world, 0, precision, accum, 1.0, Contrastive())
 
 
 def _gradients(accum: int, name: str, patch_dropout: float = 0.0) -> dict[str, Tensor]:
@@ -52,10 +55,14 @@ def _gradients(accum: int, name: str, patch_dropout: float = 0.0) -> dict[str, T
     return {key: p.grad.clone() for key, p in model.named_parameters()}
 
 
-def _assert_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> None:
+def _assert_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float, noise: float = 0.0) -> None:
     for name, value in want.items():
         scale = float(value.norm()) or 1.0
-        assert float((got[name] - value).norm()) / scale < tolerance, name
+        assert float((got[name] - value).norm()) < tolerance * scale + noise, name
+
+
+# The bias of attention keys has no gradient but rounding errors, which Adam divides by its epsilon.
+ADAM_NOISE = 1e-5
 
 
 @pytest.mark.parametrize("accum", [2, 4, 8])
@@ -72,8 +79,7 @@ def test_accumulation_repeats_the_random_draws_of_each_micro_batch() -> None:
     whole = _step(reference, World())
     reference.train()
     outputs = [whole._forward(part, 0, i) for i, part in enumerate(_batch(0).split(accum))]
-    features = [torch.cat([output[i] for output in outputs]) for i in (0, 1)]
-    whole._loss(features[0], features[1], reference.logit_scale.exp()).backward()
+    whole._backward(replace(joined(outputs), scale=reference.logit_scale.exp()))
     norm = nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
     result = step(_batch(0), 0, 0.0)
     torch.testing.assert_close(result.grad_norm, norm, rtol=1e-5, atol=0)
@@ -110,7 +116,7 @@ def test_two_ranks_train_as_one(static_graph: bool) -> None:
     results = run_ranks(_train_static_graph, 2) if static_graph else run_ranks(_train, 2, 3)
     for state, rank_losses in results:
         assert rank_losses == pytest.approx(losses, rel=1e-5)
-        _assert_close(state, alone, 1e-4)
+        _assert_close(state, alone, 1e-4, ADAM_NOISE)
 
 
 def test_two_ranks_with_accumulation_train_as_one_and_stay_equal() -> None:
@@ -118,9 +124,79 @@ def test_two_ranks_with_accumulation_train_as_one_and_stay_equal() -> None:
     results = run_ranks(_train, 2, 3, 2)
     for state, rank_losses in results:
         assert rank_losses == pytest.approx(losses, rel=1e-5)
-        _assert_close(state, alone, 1e-4)
+        _assert_close(state, alone, 1e-4, ADAM_NOISE)
     for name, value in results[0][0].items():
         assert torch.equal(value, results[1][0][name]), name
+
+
+def _siglip(name: str = "tiny-test") -> models.CLIP:
+    torch.manual_seed(7)
+    config = models.config_with(
+        models.load_model_config(name), init_logit_scale=SIGLIP_LOG_SCALE, init_logit_bias=-10.0
+    )
+    return models.build_model(config)
+
+
+def _teacher() -> models.CLIP:
+    torch.manual_seed(8)
+    return models.build_model(models.load_model_config("tiny-test")).eval().requires_grad_(False)
+
+
+def _objective_step(kind: str, world: World, accum: int) -> tuple[models.CLIP, TrainStep]:
+    model = _siglip() if kind in ("siglip", "softmax with a bias") else _model()
+    objective = Distillation() if kind == "distill" else Contrastive(sigmoid=kind == "siglip")
+    teacher = _teacher() if kind == "distill" else None
+    return model, replace(_step(model, world, accum=accum), objective=objective, teacher=teacher)
+
+
+KINDS = ("siglip", "softmax with a bias", "distill")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_objective_accumulates_exactly_bias_and_temperature_once(kind: str) -> None:
+    found = []
+    for accum in (1, 4):
+        model, step = _objective_step(kind, World(), accum)
+        result = step(_batch(0), 0, 0.0)
+        found.append(({key: p.grad.clone() for key, p in model.named_parameters()}, result))
+    _assert_close(found[1][0], found[0][0], 2e-5)
+    for name, loss in found[0][1].losses.items():
+        torch.testing.assert_close(found[1][1].losses[name], loss, rtol=1e-5, atol=0)
+
+
+def _train_objective(kind: str, accum: int) -> tuple[Trained, list[dict[str, float]]]:
+    with session(ClusterConfig(device="cpu")) as world:
+        model, step = _objective_step(kind, world, accum)
+        results = [step(_rows(_batch(i), world.rank, world.size), i, 1e-3) for i in range(2)]
+        parts = [{name: float(value) for name, value in result.losses.items()} for result in results]
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        return (state, [float(result.loss) for result in results]), parts
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
+def test_every_objective_trains_on_two_ranks_as_on_one(kind: str) -> None:
+    (alone, losses), parts = _train_objective(kind, 1)
+    for (state, rank_losses), rank_parts in run_ranks(_train_objective, 2, kind, 2):
+        assert rank_losses == pytest.approx(losses, rel=1e-5)
+        assert rank_parts == [pytest.approx(each, rel=1e-5) for each in parts]
+        _assert_close(state, alone, 1e-4, ADAM_NOISE)
+
+
+def test_the_loss_is_the_sum_of_its_named_parts() -> None:
+    _, step = _objective_step("distill", World(), 1)
+    result = step(_batch(0), 0, 0.0)
+    assert result.losses.keys() == {"contrastive_loss", "distill_loss"}
+    torch.testing.assert_close(result.loss, sum(result.losses.values()))
+
+
+def test_a_teacher_is_run_once_a_step_without_graph_and_keeps_its_weights() -> None:
+    _, step = _objective_step("distill", World(), 4)
+    before = {key: value.clone() for key, value in step.teacher.state_dict().items()}
+    seen = []
+    step.teacher.register_forward_hook(lambda module, inputs, outputs: seen.append(outputs[0].requires_grad))
+    step(_batch(0), 0, 1e-3)
+    assert seen == [False] * 4 and not step.teacher.training
+    assert all(torch.equal(value, before[key]) for key, value in step.teacher.state_dict().items())
 
 
 def _poisoned() -> tuple[float, bool, float]:
@@ -141,7 +217,7 @@ def test_a_value_that_is_not_finite_on_one_rank_leaves_all_ranks_unchanged() -> 
 
 def test_gradients_are_clipped_once_to_the_global_norm() -> None:
     model = _model()
-    step = dataclasses.replace(_step(model, World()), clip_grad_norm=1e-3)
+    step = replace(_step(model, World()), clip_grad_norm=1e-3)
     result = step(_batch(0), 0, 0.0)
     norm = torch.sqrt(sum((p.grad**2).sum() for p in model.parameters()))
     assert float(result.grad_norm) > 1e-3
