@@ -30,6 +30,7 @@ from training.setup import (
     Samples,
     build_learner,
     build_transform,
+    cuts_padding,
     describe_model,
     find_samples,
     load_start,
@@ -56,6 +57,7 @@ class Setting:
     samples: Samples
     plan: Plan
     progress: Progress
+    cut_padding: bool
 
 
 def train(config: TrainConfig, world: World, preemption: Preemption) -> int:
@@ -93,11 +95,13 @@ def errors_noted() -> Iterator[None]:
 def settle(config: TrainConfig, world: World, folder: RunFolder, start: StartState) -> Setting:
     """Model, data and numbers of the run, checked against each other. Builds nothing."""
     model = resolve_model(config)
+    cut_padding = cuts_padding(config.model.text_padding, model)
     parse_report_to(config.log.report_to)
     samples = find_samples(config, world)
     plan = make_plan(config.optim, samples.per_epoch, world.size)
     loaded = load_start(start, world)
-    return Setting(config, world, folder, start, loaded, model, samples, plan, start_progress(loaded, plan))
+    progress = start_progress(loaded, plan)
+    return Setting(config, world, folder, start, loaded, model, samples, plan, progress, cut_padding)
 
 
 def announce(setting: Setting) -> None:
@@ -248,4 +252,5 @@ def build_step(setting: Setting, learner: Learner) -> TrainStep:
         accum_steps=config.optim.accum_freq,
         clip_grad_norm=config.optim.clip_grad_norm,
         local_loss=config.optim.local_loss,
+        cut_padding=setting.cut_padding,
     )

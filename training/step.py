@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from data import Batch
+from models import TextPlan
 from models.resnet import frozen_batch_statistics
 from training.distributed import World
 from training.gather import all_reduce_sum
@@ -50,6 +51,7 @@ class TrainStep:
     accum_steps: int
     clip_grad_norm: float | None
     local_loss: bool
+    cut_padding: bool = False  # of the texts; only for towers where it counts for nothing
 
     def __call__(self, batch: Batch, step: int, rate: float) -> StepResult:
         """Update the parameters with this rank's `batch` of micro_batch x accum_steps rows."""
@@ -93,9 +95,14 @@ class TrainStep:
         """Features of one micro-batch and the scale, with the random draws that belong to it."""
         torch.manual_seed(draw_seed(self.seed, step, self.world.rank, micro))
         images = self.transform(batch.images, batch.draws)
+        # Equal tokens give equal plans, so both passes over a micro-batch run alike.
+        plan = self._text_plan(batch.host_tokens) if self.cut_padding else None
         with autocast(self.precision, self.world.device):
-            image, text, scale = (through or self.model)(images, batch.tokens)[:3]
+            image, text, scale = (through or self.model)(images, batch.tokens, plan)[:3]
         return image, text, scale
+
+    def _text_plan(self, tokens: Tensor) -> TextPlan:
+        return unwrap(self.model).text_tower.plan_text(tokens).to(self.world.device)
 
     def _loss(self, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         return contrastive_loss(image, text, scale, local_loss=self.local_loss)
