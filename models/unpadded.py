@@ -19,7 +19,7 @@ from torch import Tensor
 from models.config import TextConfig
 from models.layers import Groups
 
-# Each group costs an attention call a block. The saving falls off quickly, see docs/benchmarks.md.
+# Each group costs an attention call in every block, and each saves less than the one before (docs/benchmarks.md).
 MAX_GROUPS = 6
 # In tokens: what a further group must save to be worth its calls.
 GROUP_COST = 32

@@ -52,7 +52,7 @@ def _gradients(model: CLIP, tokens: Tensor, unpadded: bool) -> dict[str, Tensor]
 def _assert_same_features(model: CLIP, tokens: Tensor) -> None:
     with torch.no_grad():
         plan = model.text_tower.plan_text(tokens)
-        padded, unpadded = model.encode_text(tokens), model.encode_text(tokens, plan=plan)
+        padded, unpadded = (model.encode_text(tokens, normalize=True, plan=p) for p in (None, plan))
         torch.testing.assert_close(unpadded, padded, rtol=0, atol=2e-6)
 
 
