@@ -19,7 +19,8 @@ class Batch:
     """Samples of one optimiser step of a rank, or a part of them.
 
     images: uint8 [B, 3, H, W], not normalised; tokens: int64 [B, L]; draws: random augmentation parameters,
-    each [B, ...], applied by `DeviceTransform`; keys and shards name each row's sample.
+    each [B, ...], applied by `DeviceTransform`; keys and shards name each row's sample;
+    loaded_tokens: the tokens before `to`, where they have been moved.
     """
 
     images: torch.Tensor
@@ -27,15 +28,22 @@ class Batch:
     draws: dict[str, torch.Tensor]
     keys: list[str]
     shards: list[str]
+    loaded_tokens: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def host_tokens(self) -> torch.Tensor:
+        """The tokens where the loader put them: what must be known of them waits for no device."""
+        return self.tokens if self.loaded_tokens is None else self.loaded_tokens
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The batch with its tensors on `device`; from pinned memory the copies run beside the computation."""
         draws = {name: draw.to(device, non_blocking=non_blocking) for name, draw in self.draws.items()}
         images = self.images.to(device, non_blocking=non_blocking)
-        return Batch(images, self.tokens.to(device, non_blocking=non_blocking), draws, self.keys, self.shards)
+        tokens = self.tokens.to(device, non_blocking=non_blocking)
+        return Batch(images, tokens, draws, self.keys, self.shards, self.host_tokens)
 
     def split(self, parts: int) -> list[Batch]:
         """`parts` micro-batches of equal size, as views of this batch; their number must divide its rows."""
@@ -45,7 +53,9 @@ class Batch:
 
     def _slice(self, rows: slice) -> Batch:
         draws = {name: draw[rows] for name, draw in self.draws.items()}
-        return Batch(self.images[rows], self.tokens[rows], draws, self.keys[rows], self.shards[rows])
+        return Batch(
+            self.images[rows], self.tokens[rows], draws, self.keys[rows], self.shards[rows], self.host_tokens[rows]
+        )
 
 
 class LaneCursor(NamedTuple):

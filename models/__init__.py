@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from models.preprocess import InferenceTransform, TrainTransform, normalize
     from models.registry import list_models, load_model_config
     from models.tokenizer import ClipTokenizer
+    from models.unpadded import TextPlan, why_padding_counts
     from models.weight_files import read_weights
     from models.weights import PretrainedReport, load_pretrained
 
@@ -51,6 +52,10 @@ _HOMES = {
         "load_model_config",
     ),
     "tokenizer": ("ClipTokenizer",),
+    "unpadded": (
+        "TextPlan",
+        "why_padding_counts",
+    ),
     "weight_files": ("read_weights",),
     "weights": (
         "PretrainedReport",
@@ -70,6 +75,7 @@ __all__ = [
     "PretrainedReport",
     "Resized",
     "TextConfig",
+    "TextPlan",
     "TrainTransform",
     "VisionConfig",
     "build_model",
@@ -83,6 +89,7 @@ __all__ = [
     "normalize",
     "pair",
     "read_weights",
+    "why_padding_counts",
 ]
 
 

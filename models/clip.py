@@ -18,6 +18,7 @@ from models.config import ModelConfig, TextConfig, VisionConfig
 from models.errors import ConfigError
 from models.resnet import ModifiedResNet
 from models.text import TextLayers, TextTower
+from models.unpadded import TextPlan
 from models.vision import VisionTransformer
 
 if TYPE_CHECKING:
@@ -47,13 +48,16 @@ class CLIP(TextLayers):
         else:
             self.add_text_layers(config.text_cfg, config.embed_dim, config.quick_gelu)
 
-    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    def forward(
+        self, image: Tensor | None = None, text: Tensor | None = None, text_plan: TextPlan | None = None
+    ) -> tuple[Tensor | None, ...]:
         """Features of what is given: (image [B,E] or None, text [B,E] or None, scale[, bias if the model has one]).
 
         Features have length 1, in fp32 under autocast too; `scale` is the exponential of the `logit_scale` parameter.
+        `text_plan`: see `encode_text`.
         """
         image_features = None if image is None else self.encode_image(image, normalize=True)
-        text_features = None if text is None else self.encode_text(text, normalize=True)
+        text_features = None if text is None else self.encode_text(text, normalize=True, plan=text_plan)
         scale = self.logit_scale.exp()
         if self.logit_bias is None:
             return image_features, text_features, scale
@@ -64,12 +68,13 @@ class CLIP(TextLayers):
         features = self.visual(image)
         return _unit_length(features) if normalize else features
 
-    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
+    def encode_text(self, tokens: Tensor, normalize: bool = False, plan: TextPlan | None = None) -> Tensor:
         """Token ids [B,L] to features [B,E], of length 1 and fp32 if `normalize`.
 
         L may be anything up to the context length that holds every end-of-text token (see `ignores_padding`).
+        With the plan that `text_tower.plan_text` made of these tokens, the tower runs without their padding.
         """
-        features = self.text_tower.text_features(tokens)
+        features = self.text_tower.text_features(tokens, plan)
         return _unit_length(features) if normalize else features
 
     @property

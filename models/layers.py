@@ -7,6 +7,7 @@ pre-norm block), the attention itself is one fused call. Shapes follow the legen
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,23 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 ActivationFactory = Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What a line of T tokens consists of: parts of rows of equal length. shapes: (rows, tokens of each row)."""
+
+    shapes: tuple[tuple[int, int], ...]
+
+    def split(self, line: Tensor) -> list[Tensor]:
+        """[T,...] to one [rows, tokens of each row,...] for each group, as views."""
+        parts = line.split([rows * length for rows, length in self.shapes])
+        return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    @staticmethod
+    def join(parts: Iterable[Tensor]) -> Tensor:
+        """The inverse of `split`, as a copy."""
+        return torch.cat([part.flatten(0, 1) for part in parts])
 
 
 class LayerNorm(nn.LayerNorm):
@@ -77,12 +95,12 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x_BND: Tensor, is_causal: bool = False) -> Tensor:
-        batch, num_tokens, width = x_BND.shape
-        stacked = F.linear(x_BND, self.in_proj_weight, self.in_proj_bias)
-        query, key, value = stacked.view(batch, num_tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # 3 x [B,H,N,K]
-        mixed_BHNK = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
-        return self.out_proj(mixed_BHNK.transpose(1, 2).reshape(batch, num_tokens, width))
+    def forward(self, x: Tensor, is_causal: bool = False, groups: Groups | None = None) -> Tensor:
+        """[B,N,D], or with `groups` a line of tokens [T,D]; a token then sees those of its own row."""
+        stacked = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        if groups is None:
+            return self.out_proj(_attend(stacked, self.heads, is_causal))
+        return self.out_proj(_attend_in_groups(stacked, self.heads, is_causal, groups))
 
 
 class Mlp(nn.Module):
@@ -118,9 +136,10 @@ class ResidualAttentionBlock(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio), activation)
         self.ls_2 = _layer_scale(width, ls_init_value)
 
-    def forward(self, x_BND: Tensor, is_causal: bool = False) -> Tensor:
-        x_BND = x_BND + self.ls_1(self.attn(self.ln_1(x_BND), is_causal))
-        return x_BND + self.ls_2(self.mlp(self.ln_2(x_BND)))
+    def forward(self, x: Tensor, is_causal: bool = False, groups: Groups | None = None) -> Tensor:
+        """[B,N,D] or, with `groups`, [T,D]; see `Attention`."""
+        x = x + self.ls_1(self.attn(self.ln_1(x), is_causal, groups))
+        return x + self.ls_2(self.mlp(self.ln_2(x)))
 
 
 class Transformer(nn.Module):
@@ -134,15 +153,16 @@ class Transformer(nn.Module):
     def blocks(self) -> list[ResidualAttentionBlock]:
         return list(self.resblocks)  # type: ignore[arg-type]
 
-    def forward(self, x_BND: Tensor, is_causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, is_causal: bool = False, groups: Groups | None = None) -> Tensor:
+        """[B,N,D] or, with `groups`, [T,D]. Each block runs once either way, as sharded parameters need it."""
         recompute = self.grad_checkpointing and torch.is_grad_enabled()
         for block in self.resblocks:
             if recompute:
                 # The blocks draw no random numbers, so there is no generator state to keep.
-                x_BND = checkpoint(block, x_BND, is_causal, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, is_causal, groups, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BND = block(x_BND, is_causal)
-        return x_BND
+                x = block(x, is_causal, groups)
+        return x
 
 
 def activation_factory(quick_gelu: bool, approximate: str = "none") -> ActivationFactory:
@@ -152,3 +172,18 @@ def activation_factory(quick_gelu: bool, approximate: str = "none") -> Activatio
 
 def _layer_scale(width: int, init_value: float | None) -> nn.Module:
     return nn.Identity() if init_value is None else LayerScale(width, init_value)
+
+
+def _attend(stacked_BN3D: Tensor, heads: int, is_causal: bool) -> Tensor:
+    """Query, key and value side by side [B,N,3D] to the mixed values [B,N,D]."""
+    batch, num_tokens, _ = stacked_BN3D.shape
+    query, key, value = stacked_BN3D.view(batch, num_tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)  # 3 x [B,H,N,K]
+    mixed_BHNK = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+    return mixed_BHNK.transpose(1, 2).reshape(batch, num_tokens, -1)
+
+
+# Not traced: groups differ from batch to batch, and a graph would hold for theirs alone. What surrounds this call
+# is compiled for any T. Groups are an object and not a tuple because the compiler looks into tuples that pass by.
+@torch.compiler.disable
+def _attend_in_groups(stacked_T3D: Tensor, heads: int, is_causal: bool, groups: Groups) -> Tensor:
+    return groups.join(_attend(part_BN3D, heads, is_causal) for part_BN3D in groups.split(stacked_T3D))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models.config import TextConfig
 from models.layers import LayerNorm, ResidualAttentionBlock, Transformer, activation_factory
+from models.unpadded import TextPlan, plan_text, why_padding_counts
 
 
 class TextLayers(nn.Module):
@@ -36,10 +37,20 @@ class TextLayers(nn.Module):
     @property
     def ignores_padding(self) -> bool:
         """Whether what follows the pooled token cannot reach the features, so that it may be cut off."""
-        return not self.text_config.no_causal_mask and self.text_config.pool_type != "last"
+        return why_padding_counts(self.text_config) is None
 
-    def text_features(self, tokens: Tensor) -> Tensor:
-        """Token ids [B,L] to features [B,E], not normalised.
+    def plan_text(self, tokens: Tensor) -> TextPlan:
+        """How to run token ids [B,L] without what follows the pooled ones. Tokens and plan are on the host.
+
+        Exact for any ids: a row without an end-of-text token is cut where it would be pooled. Raises ValueError
+        for a tower in which padding counts.
+        """
+        if reason := why_padding_counts(self.text_config):
+            raise ValueError(f"this tower needs all positions: {reason}")
+        return plan_text(self._pooled_positions(tokens) + 1, tokens.shape[1])
+
+    def text_features(self, tokens: Tensor, plan: TextPlan | None = None) -> Tensor:
+        """Token ids [B,L] to features [B,E], not normalised; with the `plan` of these tokens, without padding.
 
         L may be shorter than the context where the tower ignores padding: positions are counted from the
         start, and the result equals that of the padded rows. Raises ValueError for any other length.
@@ -47,24 +58,37 @@ class TextLayers(nn.Module):
         length, context_length = tokens.shape[1], self.text_config.context_length
         if length > context_length or (length < context_length and not self.ignores_padding):
             raise ValueError(f"this tower takes {context_length} tokens, got {length}")
-        hidden_BLD = self.token_embedding(tokens) + self.positional_embedding[:length]
-        hidden_BLD = self.transformer(hidden_BLD, is_causal=not self.text_config.no_causal_mask)
+        pooled_BD = self._pooled(tokens) if plan is None else self._pooled_unpadded(tokens, plan)
         # A layer norm acts on each token alone, so only the pooled one needs it.
-        pooled_BD = self.ln_final(self._pool(hidden_BLD, tokens))
+        pooled_BD = self.ln_final(pooled_BD)
         if self.text_projection is None:
             return pooled_BD
         if isinstance(self.text_projection, nn.Linear):
             return self.text_projection(pooled_BD)
         return pooled_BD @ self.text_projection
 
-    def _pool(self, hidden_BLD: Tensor, tokens: Tensor) -> Tensor:
+    def _pooled(self, tokens: Tensor) -> Tensor:
+        hidden_BLD = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
+        hidden_BLD = self.transformer(hidden_BLD, is_causal=not self.text_config.no_causal_mask)
+        rows = torch.arange(tokens.shape[0], device=tokens.device)
+        return hidden_BLD[rows, self._pooled_positions(tokens)]
+
+    def _pooled_unpadded(self, tokens: Tensor, plan: TextPlan) -> Tensor:
+        # One look-up for all groups: the gradient of each is as large as the vocabulary.
+        embedded_TD = self.token_embedding(tokens.flatten().index_select(0, plan.index))
+        parts = plan.groups.split(embedded_TD)
+        hidden_TD = plan.groups.join(part + self.positional_embedding[: part.shape[1]] for part in parts)
+        hidden_TD = self.transformer(hidden_TD, is_causal=True, groups=plan.groups)
+        return hidden_TD.index_select(0, plan.pooled)
+
+    def _pooled_positions(self, tokens: Tensor) -> Tensor:
+        """Which position [B] of each row of tokens [B,L] is pooled."""
         pool_type = self.text_config.pool_type
         if pool_type in ("first", "last"):
-            return hidden_BLD[:, 0 if pool_type == "first" else -1]
+            return torch.full_like(tokens[:, 0], 0 if pool_type == "first" else tokens.shape[1] - 1)
         # The end-of-text id is the largest of the vocabulary, so its first position is the argmax.
         marks = tokens if pool_type == "argmax" else (tokens == self.text_config.eos_id).int()
-        rows = torch.arange(tokens.shape[0], device=tokens.device)
-        return hidden_BLD[rows, marks.argmax(dim=-1)]
+        return marks.argmax(dim=-1)
 
     def _init_text_layers(self, config: TextConfig) -> None:
         in_std = config.width**-0.5
@@ -90,8 +114,8 @@ class TextTower(TextLayers):
         super().__init__()
         self.add_text_layers(config, embed_dim, quick_gelu)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.text_features(tokens)
+    def forward(self, tokens: Tensor, plan: TextPlan | None = None) -> Tensor:
+        return self.text_features(tokens, plan)
 
 
 def _projection(config: TextConfig, embed_dim: int) -> nn.Linear | nn.Parameter | None:

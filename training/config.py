@@ -95,6 +95,11 @@ class ModelConfig:
     force_image_size: tuple[int, ...] = option((), "one side or two (height width), instead of the model's own")
     force_context_length: int | None = option(None, "text positions, instead of the model's own")
     force_quick_gelu: bool = option(False, "QuickGELU in the native towers, as OpenAI's weights need")
+    text_padding: str = option(
+        "auto",
+        "cut leaves out what follows a text's end, exactly; full computes it; auto cuts where the tower allows it",
+        choices=("auto", "cut", "full"),
+    )
     force_patch_dropout: float | None = option(None, "share of image tokens dropped in training")
     grad_checkpointing: bool = option(
         False, "recompute blocks in the backward pass instead of keeping their activations"

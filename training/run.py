@@ -31,6 +31,7 @@ from training.setup import (
     Samples,
     build_learner,
     build_transform,
+    cuts_padding,
     describe_model,
     find_samples,
     load_start,
@@ -59,6 +60,7 @@ class Setting:
     samples: Samples
     plan: Plan
     progress: Progress
+    cut_padding: bool
 
 
 def train(config: TrainConfig, world: World, preemption: Preemption) -> int:
@@ -97,11 +99,13 @@ def settle(config: TrainConfig, world: World, folder: RunFolder, start: StartSta
     """Model, data and numbers of the run, checked against each other. Builds nothing."""
     model = resolve_model(config)
     teacher = resolve_teacher(config.model, model)
+    cut_padding = cuts_padding(config.model.text_padding, model)
     parse_report_to(config.log.report_to)
     samples = find_samples(config, world)
     plan = make_plan(config.optim, samples.per_epoch, world.size)
     loaded = load_start(start, world)
-    return Setting(config, world, folder, start, loaded, model, teacher, samples, plan, start_progress(loaded, plan))
+    progress = start_progress(loaded, plan)
+    return Setting(config, world, folder, start, loaded, model, teacher, samples, plan, progress, cut_padding)
 
 
 def announce(setting: Setting) -> None:
@@ -254,4 +258,5 @@ def build_step(setting: Setting, learner: Learner) -> TrainStep:
         clip_grad_norm=config.optim.clip_grad_norm,
         objective=build_objective(config.optim, has_teacher=setting.teacher is not None),
         teacher=build_teacher(config.model, setting.teacher, setting.world),
+        cut_padding=setting.cut_padding,
     )

@@ -69,6 +69,16 @@ def resolve_model(config: TrainConfig) -> models.ModelConfig:
     )
 
 
+def cuts_padding(choice: str, model_config: models.ModelConfig) -> bool:
+    """Whether texts run without their padding, by --text-padding. Raises ConfigError where that would not be exact."""
+    reason = models.why_padding_counts(model_config.text_cfg)
+    if choice == "cut" and reason:
+        raise ConfigError(f"--text-padding cut: the text tower of {model_config.name} needs all positions: {reason}")
+    if choice == "auto" and reason:
+        log.info("text: padding is computed too, for the tower needs it: %s", reason)
+    return choice != "full" and not reason
+
+
 def load_start(start: StartState, world: World) -> LoadedCheckpoint | None:
     """The checkpoint to go on from, if any. Its tensors are mapped, not read."""
     if not isinstance(start, Resume):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from data import Batch
+from models import TextPlan
 from models.resnet import frozen_batch_statistics
 from training.distributed import World
 from training.gather import all_reduce_sum
@@ -53,6 +54,7 @@ class TrainStep:
     clip_grad_norm: float | None
     objective: Objective
     teacher: nn.Module | None = None  # frozen; sees the same images and tokens
+    cut_padding: bool = False  # of the texts; only for towers where it counts for nothing
 
     def __call__(self, batch: Batch, step: int, rate: float) -> StepResult:
         """Update the parameters with this rank's `batch` of micro_batch x accum_steps rows."""
@@ -100,8 +102,10 @@ class TrainStep:
         """Features of one micro-batch, the teacher's too if `taught`, with the random draws that belong to it."""
         torch.manual_seed(draw_seed(self.seed, step, self.world.rank, micro))
         images = self.transform(batch.images, batch.draws)
+        # Equal tokens give equal plans, so both passes over a micro-batch run alike.
+        plan = self._text_plan(batch.host_tokens) if self.cut_padding else None
         with autocast(self.precision, self.world.device):
-            features = Features(*(through or self.model)(images, batch.tokens))
+            features = Features(*(through or self.model)(images, batch.tokens, plan))
             if self.teacher is None or not taught:
                 return features
             with torch.no_grad():
@@ -112,6 +116,9 @@ class TrainStep:
         losses = self.objective(features)
         torch.stack(list(losses.values())).sum().backward()
         return {name: loss.detach() for name, loss in losses.items()}
+
+    def _text_plan(self, tokens: Tensor) -> TextPlan:
+        return unwrap(self.model).text_tower.plan_text(tokens).to(self.world.device)
 
     def _update(self, losses: Losses, rate: float) -> StepResult:
         """Clip, update unless something is not finite, clamp the temperature. No host sync."""

@@ -40,6 +40,15 @@ def test_a_batch_moves_to_a_device_as_a_whole() -> None:
     assert moved.keys == ["k0", "k1"]
 
 
+def test_a_batch_that_moved_still_has_its_tokens_on_the_host() -> None:
+    batch = make_batch(4)
+    assert batch.host_tokens is batch.tokens
+    moved = batch.to("meta")
+    assert moved.host_tokens is batch.tokens
+    assert [part.host_tokens.flatten().tolist() for part in moved.split(2)] == [[0, 1], [2, 3]]
+    assert moved.to("meta").host_tokens is batch.tokens
+
+
 def test_a_position_survives_json() -> None:
     position = position_of(0, 1, 2, 3)
     assert Position.from_json(json.loads(json.dumps(position.to_json()))) == position
