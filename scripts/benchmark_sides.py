@@ -141,13 +141,16 @@ class TimedTokenizer:
         self.watch()
 
     def watch(self) -> None:
-        """Times the functions of this process in which decoding and resizing happen."""
+        """Times the functions of this process that decode a JPEG, and that cut a crop out and resize it."""
         import simplejpeg
-        import torch.nn.functional as functional
+
+        import data.prepare
+        import data.scaled
 
         self._spent = dict.fromkeys(_STAGES, 0)
         simplejpeg.decode_jpeg = self._timed("decode", simplejpeg.decode_jpeg)
-        functional.interpolate = self._timed("resize", functional.interpolate)
+        data.prepare.resize_crop = self._timed("resize", data.prepare.resize_crop)
+        data.scaled.resize_view = self._timed("resize", data.scaled.resize_view)
 
     def __call__(self, captions: list[str]) -> Any:
         """int64 [N, L + 3]."""
