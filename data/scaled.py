@@ -65,7 +65,7 @@ def load_crop(
     shape = -(-height // view.factor), -(-width // view.factor)
     image = decode_rgb(data, max_pixels, shape)
     # Pillow, which judges doubtful files, has decoded it whole.
-    return _resize_view(image, view, size, interpolation) if image.shape[:2] == shape else None
+    return resize_view(image, view, size, interpolation) if image.shape[:2] == shape else None
 
 
 def plan_view(box: Box, size: tuple[int, int]) -> View | None:
@@ -93,7 +93,7 @@ def _align(start: float, length: float, size: int) -> Span | None:
     return None
 
 
-def _resize_view(image: np.ndarray, view: View, size: tuple[int, int], interpolation: str) -> torch.Tensor:
+def resize_view(image: np.ndarray, view: View, size: tuple[int, int], interpolation: str) -> torch.Tensor:
     """The view's part of `image` (uint8 [H, W, 3], reduced already) at `size`: uint8 [3, h, w]."""
     rows, columns = view.rows, view.columns
     crop = _cut(image, rows, columns)

@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,11 +38,13 @@ def main() -> None:
     taken = _take(batches, 1)  # starts the workers: their imports are not what is measured
     _say({"versions": _versions(), "batch": taken["samples"]})
     for line in sys.stdin:
-        _settle()
-        before = _cpu_s()
+        workers = multiprocessing.active_children()
+        _settle(workers)
+        before, before_here = _cpu_of_all(workers), time.process_time()
         answer = _take(batches, int(line))
-        _settle()
-        _say(answer | {"cpu_s": _cpu_s() - before})
+        here = time.process_time() - before_here  # without the waiting that follows
+        _settle(workers)
+        _say(answer | {"cpu_s": here + _cpu_of_all(workers) - before})
 
 
 def _arguments() -> argparse.Namespace:
@@ -71,9 +74,8 @@ def _say(answer: dict[str, Any]) -> None:
     print(json.dumps(answer), flush=True)
 
 
-def _cpu_s() -> float:
-    """CPU seconds so far of this process and of its workers."""
-    return time.process_time() + sum(_cpu_of(child.pid) for child in multiprocessing.active_children())
+def _cpu_of_all(processes: list[BaseProcess]) -> float:
+    return sum(_cpu_of(process.pid) for process in processes)
 
 
 def _cpu_of(pid: int | None) -> float:
@@ -81,15 +83,13 @@ def _cpu_of(pid: int | None) -> float:
     return (int(fields[11]) + int(fields[12])) * _TICK_S  # utime and stime of all its threads, see proc(5)
 
 
-def _settle() -> None:
+def _settle(workers: list[BaseProcess]) -> None:
     """Waits until the workers have prefetched what they may, and sleep."""
-    quiet, children = 0, multiprocessing.active_children()
-    last = -1.0
-    while quiet < _QUIET_POLLS:
+    quiet, last = 0, -1.0
+    while workers and quiet < _QUIET_POLLS:
         time.sleep(_POLL_S)
-        now = sum(_cpu_of(child.pid) for child in children)
-        quiet = quiet + 1 if now == last else 0
-        last = now
+        now = _cpu_of_all(workers)
+        quiet, last = (quiet + 1 if now == last else 0), now
 
 
 def _versions() -> dict[str, str]:
@@ -141,13 +141,16 @@ class TimedTokenizer:
         self.watch()
 
     def watch(self) -> None:
-        """Times the functions of this process in which decoding and resizing happen."""
+        """Times the functions of this process that decode a JPEG, and that cut a crop out and resize it."""
         import simplejpeg
-        import torch.nn.functional as functional
+
+        import data.prepare
+        import data.scaled
 
         self._spent = dict.fromkeys(_STAGES, 0)
         simplejpeg.decode_jpeg = self._timed("decode", simplejpeg.decode_jpeg)
-        functional.interpolate = self._timed("resize", functional.interpolate)
+        data.prepare.resize_crop = self._timed("resize", data.prepare.resize_crop)
+        data.scaled.resize_view = self._timed("resize", data.scaled.resize_view)
 
     def __call__(self, captions: list[str]) -> Any:
         """int64 [N, L + 3]."""

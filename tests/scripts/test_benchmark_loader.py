@@ -20,7 +20,7 @@ def test_it_compares_what_it_can_and_says_what_it_leaves_out(
     text = capsys.readouterr().out
     assert text.strip() == out.read_text().strip()
     assert "OpenCLIP's side is left out: no --openclip-python" in text
-    for table in ("Whole loader", "outside JPEG decode and resize", "Reading tars"):
+    for table in ("Whole loader", "outside JPEG decode and crop-and-resize", "Reading tars"):
         assert table in text
     assert text.count("| 384 px, q90, 50 KiB |") == 3
 
