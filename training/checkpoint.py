@@ -292,6 +292,14 @@ class LoadedCheckpoint:
     model_config: dict[str, Any]
 
 
+def read_progress(folder: Path) -> Progress:
+    """How far the run was that wrote `folder`. Raises CheckpointError."""
+    try:
+        return Progress(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["progress"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}: {STATE_FILE} cannot be read: {type(error).__name__}: {error}") from error
+
+
 def load_checkpoint(folder: Path) -> LoadedCheckpoint:
     """Read a checkpoint that was found whole before; only sizes are checked again. Raises CheckpointError."""
     verify_checkpoint(folder, checksums=False)
@@ -327,6 +335,7 @@ __all__ = [
     "load_checkpoint",
     "load_optimizer_tensors",
     "optimizer_to_tensors",
+    "read_progress",
     "step_name",
     "versions",
 ]

@@ -319,9 +319,14 @@ def rotate(directory: Path, *, keep_last: int, delete_previous_epochs: bool, kee
     epochs = [folder for folder in whole if _parse_name(folder)[0] == "epoch"]
     unwanted = steps[keep_last:] + (epochs[1:] if delete_previous_epochs else [])
     unwanted = [folder for folder in unwanted if folder not in (keep, whole[0])]
-    for folder in unwanted:
-        _delete(folder)
+    discard(unwanted)
     return unwanted
+
+
+def discard(folders: Iterable[Path]) -> None:
+    """Delete checkpoints, each of them wholly or not at all."""
+    for folder in folders:
+        _delete(folder)
 
 
 def _is_whole(folder: Path) -> bool:

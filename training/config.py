@@ -107,8 +107,14 @@ class OptimConfig:
     clip_grad_norm: float | None = option(None, "clip the global gradient norm to this", aliases=("--grad-clip-norm",))
     local_loss: bool = option(True, "stream this rank's rows over all columns; --no-local-loss is the dense reference")
     gather_with_grad: bool = option(True, "gradients flow through the gather; the loss is exact only so")
-    on_nonfinite: str = option("skip", "a loss or gradient that is not finite", choices=("skip", "stop"))
-    max_nonfinite: int = option(10, "steps in a row that --on-nonfinite skip tolerates")
+    on_nonfinite: str = option(
+        "skip",
+        "a loss or gradient that is not finite: leave out its update and end the run after too many in a row, or then "
+        "go back to the last checkpoint and on with later samples, or end the run at once",
+        choices=("skip", "rollback", "stop"),
+    )
+    max_nonfinite: int = option(10, "updates left out in a row that --on-nonfinite skip and rollback tolerate")
+    max_rollbacks: int = option(3, "times that --on-nonfinite rollback goes back before the run ends")
 
 
 @dataclass(frozen=True, kw_only=True)

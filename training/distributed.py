@@ -56,6 +56,14 @@ class World:
         dist.all_gather_object(values, value, group=self.control)  # Collective:
         return values
 
+    def gather_object(self, value: T) -> list[T] | None:
+        """Every rank's value, by rank, on rank 0; None elsewhere."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(value, values, group=self.control)  # Collective:
+        return values
+
     def broadcast_object(self, value: T, src: int = 0) -> T:
         """Rank `src`'s value on every rank."""
         if self.size == 1:

@@ -38,9 +38,16 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
     for name, value in positive.items():
         if value is not None and value <= 0:
             yield f"--{name.replace('_', '-')} must be positive, got {value}"
-    for name, number in {"workers": config.data.workers, "warmup": config.optim.warmup, "wd": config.optim.wd}.items():
+    not_negative = {
+        "workers": config.data.workers,
+        "warmup": config.optim.warmup,
+        "wd": config.optim.wd,
+        "max_nonfinite": config.optim.max_nonfinite,
+        "max_rollbacks": config.optim.max_rollbacks,
+    }
+    for name, number in not_negative.items():
         if number < 0:
-            yield f"--{name} must not be negative, got {number}"
+            yield f"--{name.replace('_', '-')} must not be negative, got {number}"
     if not 0 <= config.data.max_skip_fraction <= 1:
         yield f"--max-skip-fraction is a share between 0 and 1, got {config.data.max_skip_fraction}"
 

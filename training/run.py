@@ -23,6 +23,7 @@ from training.metrics import MetricsLog, read_metrics
 from training.plan import Plan, make_plan
 from training.preemption import Preemption
 from training.report import Reporter
+from training.rollback import Rollback, rollbacks_of
 from training.saving import Saver
 from training.schedule import learning_rate
 from training.setup import (
@@ -39,6 +40,7 @@ from training.setup import (
 )
 from training.sinks import SinkSettings, build_trackers, new_wandb_id, parse_report_to
 from training.step import TrainStep
+from training.witness import Witness
 
 log = logging.getLogger(__name__)
 
@@ -178,6 +180,8 @@ def open_job(setting: Setting, learner: Learner, feed: Feed, evaluator: Evaluato
         open_checkpointer(setting) as checkpointer,
     ):
         reporter = Reporter(metrics, console, plan, world, config.log.log_every_n_steps)
+        extra = {"wandb_run_id": wandb_id, "rollbacks": rollbacks_of(setting.loaded)}
+        saver = Saver(checkpointer, learner.model, learner.optimizer, config, plan, world, extra)
 
         def evaluate(done: int) -> bool:
             figures = evaluator.evaluate(learner.wrapped, epoch=plan.epoch_of(done), is_last=done >= plan.total_steps)
@@ -190,16 +194,31 @@ def open_job(setting: Setting, learner: Learner, feed: Feed, evaluator: Evaluato
             step=build_step(setting, learner),
             rate=lambda done: learning_rate(config.optim, plan, done),
             feed=feed,
-            guard=NonFiniteGuard(config.optim.on_nonfinite, config.optim.max_nonfinite, world),
+            guard=NonFiniteGuard(config.optim, world, reporter.event),
             reporter=reporter,
-            saver=Saver(
-                checkpointer, learner.model, learner.optimizer, config, plan, world, {"wandb_run_id": wandb_id}
-            ),
+            saver=saver,
+            roll_back=build_rollback(setting, learner, saver, reporter, feed),
             evaluate=evaluate,
             evaluate_first=evaluation_missing(setting, evaluator),
             cadence=Cadence(config.run, plan, step),
         )
         yield job
+
+
+def build_rollback(setting: Setting, learner: Learner, saver: Saver, reporter: Reporter, feed: Feed) -> Rollback:
+    """The way back to an earlier checkpoint."""
+    return Rollback(
+        world=setting.world,
+        plan=setting.plan,
+        learner=learner,
+        saver=saver,
+        reporter=reporter,
+        feed=feed,
+        directory=setting.folder.checkpoints,
+        start=setting.loaded.folder if setting.loaded else None,
+        limit=setting.config.optim.max_rollbacks,
+        num_done=rollbacks_of(setting.loaded),
+    )
 
 
 def open_checkpointer(setting: Setting) -> Checkpointer:
@@ -249,4 +268,5 @@ def build_step(setting: Setting, learner: Learner) -> TrainStep:
         accum_steps=config.optim.accum_freq,
         clip_grad_norm=config.optim.clip_grad_norm,
         local_loss=config.optim.local_loss,
+        witness=Witness(learner.wrapped),
     )

@@ -48,6 +48,12 @@ class Saver:
                 self._write(done, position.to_json(), counts)
         self._last_step = done
 
+    def save_again(self, done: int, feed: Feed, facts: dict[str, Any]) -> None:
+        """Write the state after `done` steps in place of an earlier one; all later states hold `facts` too."""
+        self._extra = self._extra | facts
+        self._last_step = -1
+        self.save(done, feed)
+
     def reserve(self) -> None:
         """Take the host memory of a snapshot in the background, once the optimiser's state exists."""
         if self._world.is_main:

@@ -109,6 +109,12 @@ def build_learner(
     return Learner(model, wrapped, optimizer)
 
 
+def restore(learner: Learner, loaded: LoadedCheckpoint) -> None:
+    """Put a learner that is in use back into the state of `loaded`. Every rank reads the files for itself."""
+    learner.model.load_state_dict(loaded.model)
+    load_optimizer_tensors(learner.optimizer, parameter_names(learner.model), loaded.optimizer)
+
+
 def _load_pretrained(model: models.CLIP, source: str) -> None:
     for line in str(models.load_pretrained(model, source)).splitlines():
         log.info("%s", line)

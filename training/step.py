@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from training.gather import all_reduce_sum
 from training.loss import contrastive_loss
 from training.optimizer import set_learning_rate
 from training.parallel import autocast, unwrap, without_sync
+from training.witness import Sighting, Witness
 
 # CLIP's bound (Radford et al. 2021, section 2.5): logits are scaled by at most 100.
 MAX_LOG_SCALE = math.log(100)
@@ -34,7 +35,8 @@ class StepResult:
     loss: Tensor  # global mean over ranks, 0-D
     grad_norm: Tensor  # before clipping, 0-D
     scale: Tensor  # exponential of the temperature's logarithm, 0-D
-    skipped: Tensor  # 1.0 when loss or gradient was not finite and nothing was updated, 0-D
+    skipped: Tensor  # 1.0 when loss or gradient was not finite and nothing was updated, 0-D; equal on all ranks
+    own: Sighting  # what this rank alone saw
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class TrainStep:
     accum_steps: int
     clip_grad_norm: float | None
     local_loss: bool
+    witness: Witness = field(default_factory=Witness)
 
     def __call__(self, batch: Batch, step: int, rate: float) -> StepResult:
         """Update the parameters with this rank's `batch` of micro_batch x accum_steps rows."""
@@ -98,6 +101,7 @@ class TrainStep:
         return image, text, scale
 
     def _loss(self, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        self.witness.features(image, text)
         return contrastive_loss(image, text, scale, local_loss=self.local_loss)
 
     def _update(self, loss: Tensor, rate: float) -> StepResult:
@@ -117,7 +121,7 @@ class TrainStep:
         log_scale = unwrap(self.model).logit_scale
         with torch.no_grad():
             log_scale.clamp_(0, MAX_LOG_SCALE)
-        return StepResult(mean_loss, grad_norm, log_scale.detach().exp(), skipped)
+        return StepResult(mean_loss, grad_norm, log_scale.detach().exp(), skipped, self.witness.take())
 
 
 def draw_seed(seed: int, step: int, rank: int, micro: int) -> int:
