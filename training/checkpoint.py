@@ -181,7 +181,7 @@ class Checkpointer:
         stall_s: float,
     ) -> None:
         started = time.perf_counter()
-        manifest = write_checkpoint(folder, tensors, documents, step=progress.step, epoch=progress.epoch)
+        manifest = write_checkpoint(folder, tensors, documents, **asdict(progress))
         seconds = time.perf_counter() - started
         mib = sum(entry.size for entry in manifest.files.values()) / 2**20
         logger.info("saved %s: %.0f MiB written in %.1f s, training stood %.2f s", folder, mib, seconds, stall_s)
@@ -292,14 +292,6 @@ class LoadedCheckpoint:
     model_config: dict[str, Any]
 
 
-def read_progress(folder: Path) -> Progress:
-    """How far the run was that wrote `folder`. Raises CheckpointError."""
-    try:
-        return Progress(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["progress"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: {STATE_FILE} cannot be read: {type(error).__name__}: {error}") from error
-
-
 def load_checkpoint(folder: Path) -> LoadedCheckpoint:
     """Read a checkpoint that was found whole before; only sizes are checked again. Raises CheckpointError."""
     verify_checkpoint(folder, checksums=False)
@@ -335,7 +327,6 @@ __all__ = [
     "load_checkpoint",
     "load_optimizer_tensors",
     "optimizer_to_tensors",
-    "read_progress",
     "step_name",
     "versions",
 ]

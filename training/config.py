@@ -98,7 +98,10 @@ class OptimConfig:
     beta2: float | None = option(None, "AdamW beta2 (0.98 for ViT, else 0.999)")
     eps: float | None = option(None, "AdamW epsilon (1e-6 for ViT, else 1e-8)")
     wd: float = option(0.2, "weight decay of matrices and convolutions")
-    warmup: int = option(10000, "steps of linear warm-up")
+    warmup: int | None = option(None, "steps of linear warm-up (10000, unless --warmup-samples is given)")
+    warmup_samples: int | None = option(
+        None, "length of the warm-up in samples instead, so that it stays the same at another global batch"
+    )
     lr_scheduler: str = option("cosine", "after the warm-up", choices=("cosine", "const", "const-cooldown"))
     epochs_cooldown: int | None = option(None, "last epochs in which const-cooldown falls")
     lr_cooldown_end: float = option(0.0, "learning rate at the end of the cooldown")

@@ -6,12 +6,13 @@ this gives replaces the checkpoint at once, so that a resume goes on in the same
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.checkpoint import LoadedCheckpoint, load_checkpoint, read_progress
+from training.checkpoint import LoadedCheckpoint, load_checkpoint
 from training.checkpoint_files import discard, list_checkpoints, verify_checkpoint
 from training.distributed import World
 from training.errors import CheckpointError, NonFiniteError
@@ -70,8 +71,7 @@ class Rollback:
         """The newest checkpoint that verifies, of those with at most `samples` seen; else where the run began."""
         for folder in [*list_checkpoints(self.directory), *([self.start] if self.start else [])]:
             try:
-                verify_checkpoint(folder)
-                if read_progress(folder).samples_seen <= samples:
+                if verify_checkpoint(folder).samples_seen <= samples:
                     return folder
             except CheckpointError as error:
                 log.warning("passed over: %s", error)
@@ -96,21 +96,19 @@ class Rollback:
 
     def _make_lasting(self, step: int) -> None:
         """Checkpoints of the future that is given up go away: the newest must be the one that the run goes on from."""
-        samples = step * self.plan.global_batch
         with self.world.collectively("--on-nonfinite rollback"):
             if self.world.is_main:
-                discard(folder for folder in self._whole() if read_progress(folder).samples_seen > samples)
+                discard(self._beyond(step * self.plan.global_batch))
         self.saver.save_again(step, self.feed, {"rollbacks": self.num_done})
 
-    def _whole(self) -> list[Path]:
-        whole = []
+    def _beyond(self, samples: int) -> list[Path]:
+        """Whole checkpoints with more than `samples` seen; damaged ones are a case for a human."""
+        found = []
         for folder in list_checkpoints(self.directory):
-            try:
-                verify_checkpoint(folder, checksums=False)
-                whole.append(folder)
-            except CheckpointError:
-                continue  # a case for a human
-        return whole
+            with contextlib.suppress(CheckpointError):
+                if verify_checkpoint(folder, checksums=False).samples_seen > samples:
+                    found.append(folder)
+        return found
 
 
 def rollbacks_of(loaded: LoadedCheckpoint | None) -> int:

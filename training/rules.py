@@ -41,12 +41,13 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
     not_negative = {
         "workers": config.data.workers,
         "warmup": config.optim.warmup,
+        "warmup_samples": config.optim.warmup_samples,
         "wd": config.optim.wd,
         "max_nonfinite": config.optim.max_nonfinite,
         "max_rollbacks": config.optim.max_rollbacks,
     }
     for name, number in not_negative.items():
-        if number < 0:
+        if number is not None and number < 0:
             yield f"--{name.replace('_', '-')} must not be negative, got {number}"
     if not 0 <= config.data.max_skip_fraction <= 1:
         yield f"--max-skip-fraction is a share between 0 and 1, got {config.data.max_skip_fraction}"
@@ -84,6 +85,8 @@ def _data(config: TrainConfig) -> Iterator[str]:
 
 def _schedule(config: TrainConfig) -> Iterator[str]:
     optim = config.optim
+    if optim.warmup is not None and optim.warmup_samples is not None:
+        yield "--warmup (in steps) and --warmup-samples say the same thing twice: give one of them"
     if optim.lr_scheduler == "const-cooldown" and optim.epochs_cooldown is None:
         yield "--lr-scheduler const-cooldown needs --epochs-cooldown"
     if optim.epochs_cooldown is not None and not 0 < optim.epochs_cooldown <= optim.epochs:

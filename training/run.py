@@ -20,18 +20,20 @@ from training.folder import RunFolder, run_folder
 from training.guard import NonFiniteGuard
 from training.loop import Cadence, Job, run_loop
 from training.metrics import MetricsLog, read_metrics
+from training.optimizer import describe_optimizer
 from training.plan import Plan, make_plan
 from training.preemption import Preemption
 from training.report import Reporter
 from training.rollback import Rollback, rollbacks_of
 from training.saving import Saver
-from training.schedule import learning_rate
+from training.schedule import describe_schedule, learning_rate
 from training.setup import (
     Learner,
     Samples,
     build_learner,
     build_transform,
     describe_model,
+    describe_resume,
     find_samples,
     load_start,
     loader_config,
@@ -74,6 +76,7 @@ def train(config: TrainConfig, world: World, preemption: Preemption) -> int:
             return EXIT_DONE
         learner = build_learner(config, setting.model, start, setting.loaded, world)
         log.info("model: %s", describe_model(learner.model, config))
+        log.info("optimiser: %s", describe_optimizer(learner.optimizer))
         with open_feed(setting, preemption) as feed, open_job(setting, learner, feed, evaluator) as job:
             finished = run_loop(job)
             job.saver.finish()
@@ -103,14 +106,17 @@ def settle(config: TrainConfig, world: World, folder: RunFolder, start: StartSta
 
 
 def announce(setting: Setting) -> None:
-    """The five facts, of which the model's is told when it is built."""
+    """The facts of the run, of which the model's and its optimiser's are told when they are built."""
     world = setting.world
     if world.size > 1:
         log.info("world: %d ranks by %s, %s on %s", world.size, world.launcher, world.backend, world.device.type)
     else:
         log.info("world: 1 rank (%s), %s", world.launcher, world.device)
     log.info("plan: %s", setting.plan)
+    log.info("learning rate: %s", describe_schedule(setting.config.optim, setting.plan))
     log.info("start: %s", setting.start.reason)
+    if setting.loaded and (change := describe_resume(setting.loaded, setting.config, setting.plan)):
+        log.info("changed since the checkpoint: %s", change)
     log.info("folder: %s", setting.folder.path)
 
 

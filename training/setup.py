@@ -18,12 +18,13 @@ from training.checkpoint import (
     load_checkpoint,
     load_optimizer_tensors,
 )
-from training.config import TrainConfig
+from training.config import TrainConfig, from_flat
 from training.distributed import World
 from training.errors import ConfigError
 from training.optimizer import build_optimizer, parameter_names
 from training.parallel import parallelize
-from training.plan import Plan
+from training.plan import Plan, make_plan
+from training.schedule import describe_change
 
 log = logging.getLogger(__name__)
 
@@ -73,16 +74,16 @@ def start_progress(loaded: LoadedCheckpoint | None, plan: Plan) -> Progress:
     """Where the run goes on. The step follows from the samples seen, so that another global batch keeps its place."""
     if loaded is None:
         return Progress(step=0, epoch=0, samples_seen=0)
-    progress = loaded.progress
-    step = progress.samples_seen // plan.global_batch
-    if step != progress.step:
-        log.info(
-            "the global batch changed: %d samples seen are step %d now, were %d",
-            progress.samples_seen,
-            step,
-            progress.step,
-        )
-    return Progress(step=step, epoch=plan.epoch_of(step), samples_seen=progress.samples_seen)
+    step = loaded.progress.samples_seen // plan.global_batch
+    return Progress(step=step, epoch=plan.epoch_of(step), samples_seen=loaded.progress.samples_seen)
+
+
+def describe_resume(loaded: LoadedCheckpoint, config: TrainConfig, plan: Plan) -> str:
+    """What the settings of now make different from those that the checkpoint was written with; empty if nothing."""
+    old = from_flat(loaded.config)
+    samples = old.data.train_num_samples or plan.samples_per_epoch
+    old_plan = make_plan(old.optim, samples, loaded.state["world_size"])
+    return describe_change((old.optim, old_plan), (config.optim, plan), loaded.progress.samples_seen)
 
 
 def build_learner(

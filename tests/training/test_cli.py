@@ -120,6 +120,8 @@ def test_a_mistake_in_the_file_names_file_key_and_cure(tmp_path: Path, content: 
         (["--train-data", "a.tar", "--accum-freq", "2", "--ddp-static-graph"], "no_sync silently stops"),
         (["--train-data", "a.tar", "--train-data-upsampling-factors", "1"], "needs --dataset-resampled"),
         (["--train-data", "a.tar", "--lr-scheduler", "const-cooldown"], "needs --epochs-cooldown"),
+        (["--train-data", "a.tar", "--warmup", "1", "--warmup-samples", "8"], "give one of them"),
+        (["--train-data", "a.tar", "--max-rollbacks", "-1"], "--max-rollbacks must not be negative"),
     ],
 )
 def test_a_mistake_on_the_command_line_gets_one_clear_line(argv: list[str], message: str) -> None:
