@@ -26,8 +26,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from data.batch import Batch, LaneCursor, Position, fingerprint_of
+from data.batch import Batch, Position, fingerprint_of
 from data.config import LoaderConfig
+from data.cursors import LaneCursor
 from data.errors import DataConfigError, DataError
 from data.order import block_bytes, deal, lanes_per_rank, streams_of
 from data.preflight import PreflightReport, preflight
