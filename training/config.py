@@ -137,6 +137,12 @@ class RunConfig:
     save_every_n_minutes: float | None = option(None, "a checkpoint between epochs, by time")
     keep_last: int = option(2, "step checkpoints kept; those of epochs all stay")
     delete_previous_checkpoint: bool = option(False, "keep only the newest checkpoint of an epoch")
+    dry_run: bool = option(
+        False,
+        "build everything, make one step at the largest text length, print plan, memory and what would be refused, "
+        "write nothing",
+    )
+    dry_run_world_size: int = option(1, "ranks of the run that --dry-run pretends to be rank 0 of, on this one process")
     stop_after_steps: int | None = option(None, "save and end after this step of the run, as a preemption would")
 
 

@@ -132,7 +132,7 @@ def exit_code_of(error: BaseException) -> int:
 def session(cluster: ClusterConfig) -> Iterator[World]:
     """Join the other ranks and leave them on every path. Raises ConfigError when they do not all come."""
     launch = read_launch(os.environ)
-    device = _device(cluster, launch)
+    device = pick_device(cluster, launch)
     backend = cluster.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
     world = World(launch.rank, launch.size, launch.local_rank, launch.local_size, device, backend, launch.launcher)
     if launch.size == 1:
@@ -156,7 +156,8 @@ def session(cluster: ClusterConfig) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def _device(cluster: ClusterConfig, launch: Launch) -> torch.device:
+def pick_device(cluster: ClusterConfig, launch: Launch) -> torch.device:
+    """The device of this rank. Raises ConfigError when there is no such one."""
     wanted = cluster.device
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"

@@ -105,3 +105,9 @@ def _sizes(image_BE: Tensor, text_GE: Tensor) -> tuple[int, int]:
 def _column_blocks(num_rows: int, num_columns: int) -> list[tuple[int, int]]:
     width = max(1, min(num_columns, _BLOCK_ELEMENTS // num_rows))
     return [(start, min(start + width, num_columns)) for start in range(0, num_columns, width)]
+
+
+def block_bytes(num_rows: int, num_columns: int) -> int:
+    """Of one block of logits."""
+    start, stop = _column_blocks(num_rows, num_columns)[0]
+    return 4 * num_rows * (stop - start)

@@ -9,9 +9,10 @@ from training.config import TrainConfig
 
 
 def check_config(config: TrainConfig) -> None:
-    """Raise ConfigError for the first rule that the settings break."""
-    for problem in _problems(config):
-        raise ConfigError(problem)
+    """Raise ConfigError for the first rule that the settings break; a dry run is told all of them at once."""
+    problems = list(_problems(config))
+    if problems:
+        raise ConfigError("; and ".join(problems) if config.run.dry_run else problems[0])
 
 
 def _problems(config: TrainConfig) -> Iterator[str]:
@@ -33,6 +34,7 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
         "train_num_samples": config.data.train_num_samples,
         "clip_grad_norm": config.optim.clip_grad_norm,
         "save_every_n_steps": config.run.save_every_n_steps,
+        "dry_run_world_size": config.run.dry_run_world_size,
         "save_every_n_minutes": config.run.save_every_n_minutes,
     }
     for name, value in positive.items():
@@ -68,7 +70,10 @@ def _loss(config: TrainConfig) -> Iterator[str]:
 
 def _data(config: TrainConfig) -> Iterator[str]:
     data = config.data
-    if data.train_data is None and data.dataset_type != "synthetic":
+    if config.run.dry_run:
+        if data.train_data is None and data.train_num_samples is None:
+            yield "--dry-run needs --train-data, or --train-num-samples to plan without data"
+    elif data.train_data is None and data.dataset_type != "synthetic":
         yield "--train-data is missing: shards such as 's3://bucket/{00000..00099}.tar', or --dataset-type synthetic"
     if data.train_data_upsampling_factors and not data.dataset_resampled:
         yield "--train-data-upsampling-factors needs --dataset-resampled: factors are frequencies of drawing"

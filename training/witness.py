@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 Average = Callable[[Any, dist.GradBucket], torch.futures.Future[Tensor]]
@@ -27,13 +26,25 @@ class Sighting:
     grad_norm: Tensor | None  # of this rank's gradient before averaging, 0-D; None where it cannot be seen
 
 
+def average(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """The mean over the ranks, as DDP's own."""
+    buffer = bucket.buffer().div_(dist.get_world_size())
+    reduction = dist.all_reduce(buffer, async_op=True).get_future()  # Collective:
+
+    def ready(done: torch.futures.Future[Any]) -> Tensor:
+        done.value()  # raises what went wrong
+        return buffer
+
+    return reduction.then(ready)
+
+
 class Witness:
     """Watches the gradients of `model` if that is a DDP wrapper; `average` then makes their mean over the ranks.
 
     DDP takes one hook for good, so what averages in another way is passed here.
     """
 
-    def __init__(self, model: nn.Module | None = None, average: Average = allreduce_hook):
+    def __init__(self, model: nn.Module | None = None, average: Average = average):
         self._average = average
         self._norms: list[Tensor] = []
         self._bad_rows: Tensor | None = None
