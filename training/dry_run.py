@@ -69,7 +69,7 @@ def dry_run(config: TrainConfig) -> int:
         log.info("world: rank 0 of %d pretended ranks on %s", world.size, world.device)
         log.info("plan: %s, %d samples an epoch", plan, samples.per_epoch)
         log.info("learning rate: %s", describe_schedule(config.optim, plan))
-        log.info("data: %s", _describe_lanes(settings, plan))
+        log.info("data: %s; %s", _describe_data(config, settings), _describe_lanes(settings, plan))
         learner = build_learner(config, model_config, Fresh("dry run"), None, world)
         log.info("model: %s", describe_model(learner.model, config))
         log.info("optimiser: %s", describe_optimizer(learner.optimizer))
@@ -155,12 +155,17 @@ def largest_batch(settings: data.LoaderConfig, model_config: models.ModelConfig)
     return batch
 
 
+def _describe_data(config: TrainConfig, settings: data.LoaderConfig) -> str:
+    if config.data.train_data is None and config.data.dataset_type != "synthetic":
+        return "none named, so none looked at"
+    return f"{settings.dataset_type}, {len(settings.urls)} shards"
+
+
 def _describe_lanes(settings: data.LoaderConfig, plan: Plan) -> str:
     lanes, streams = lanes_per_rank(settings.batch_size), settings.streams_per_lane
     return (
-        f"{settings.dataset_type}, {len(settings.urls)} shards; {lanes} lanes a rank, {lanes * plan.world_size} in "
-        f"all, up to {lanes * streams} shards open on a rank; up to {settings.shuffle_budget_mib} MiB for shuffling in "
-        f"each of {min(settings.workers, lanes)} workers"
+        f"{lanes} lanes a rank, {lanes * plan.world_size} in all, up to {lanes * streams} shards open on a rank; up to "
+        f"{settings.shuffle_budget_mib} MiB for shuffling in each of {min(settings.workers, lanes)} workers"
     )
 
 

@@ -5,9 +5,9 @@ needs no generator state, and a micro-batch can be repeated exactly.
 
 What accumulation promises: the gradient of the loss of all rows at once, under the draws of each micro-batch. With
 another number of micro-batches dropout, patch dropout, stochastic depth and erasing noise draw anew, as they do with
-another number of ranks: draws by row would need a generator for each row, or k times the numbers on the device, and could
-not reach into compiled blocks, all to replace one random mask by another that is no better. Without draws the number of micro-batches changes nothing but
-rounding; batch norms, which see a micro-batch at a time, excepted.
+another number of ranks. Draws by row would need a generator for each row, or k times the numbers on the device, and
+could not reach into compiled blocks, to replace one random mask by another that is no better. Where nothing is drawn
+the number of micro-batches changes nothing but rounding; batch norms, which see a micro-batch at a time, excepted.
 """
 
 from __future__ import annotations

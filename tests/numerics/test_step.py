@@ -17,6 +17,7 @@ from training.footprint import Footprint
 from training.optimizer import build_optimizer
 from training.parallel import parallelize
 from training.step import TrainStep
+from training.witness import Witness
 
 ROWS = 8
 
@@ -43,7 +44,7 @@ def _step(model: nn.Module, world: World, *, accum: int = 1, precision: str = "f
     optimizer = build_optimizer(model, OptimConfig(lr=1e-3), "vit", ())
     wrapped = parallelize(model, ModelConfig(grad_checkpointing=False), ClusterConfig(device="cpu", **cluster), world)
     transform = DeviceTransform((0.5,) * 3, (0.5,) * 3, AugmentConfig())
-    return TrainStep(wrapped, optimizer, transform, world, 0, precision, accum, 1.0, True)
+    return TrainStep(wrapped, optimizer, transform, world, 0, precision, accum, 1.0, True, Witness(wrapped))
 
 
 def _gradients(accum: int, name: str, patch_dropout: float = 0.0) -> dict[str, Tensor]:
@@ -186,7 +187,7 @@ def test_gradients_are_synchronised_once_a_step_whatever_the_accumulation() -> N
     assert found[0]["allgather_base"][0] == found[0]["reduce_scatter_base"][0] == 1
 
 
-def _poisoned() -> tuple[float, bool, float]:
+def _poisoned() -> tuple[float, bool, float, list[bool]]:
     with session(ClusterConfig(device="cpu")) as world:
         model = _model()
         step = _step(model, world)
@@ -195,11 +196,26 @@ def _poisoned() -> tuple[float, bool, float]:
             step.transform.offset.fill_(float("nan"))
         result = step(_rows(_batch(0), world.rank, world.size), 0, 1e-3)
         same = all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-        return float(result.skipped), same, float(sum(s["step"] for s in step.optimizer.state.values()))
+        num_updates = float(sum(s["step"] for s in step.optimizer.state.values()))
+        return float(result.skipped), same, num_updates, result.own.bad_rows.tolist()
 
 
 def test_a_value_that_is_not_finite_on_one_rank_leaves_all_ranks_unchanged() -> None:
-    assert run_ranks(_poisoned, 2) == [(1.0, True, 0.0)] * 2
+    rows = ROWS // 2
+    assert run_ranks(_poisoned, 2) == [(1.0, True, 0.0, [False] * rows), (1.0, True, 0.0, [True] * rows)]
+
+
+def _own_norms() -> float:
+    with session(ClusterConfig(device="cpu")) as world:
+        step = _step(_model(), world, accum=2)
+        result = step(_rows(_batch(0), world.rank, world.size), 0, 1e-3)
+        assert result.own.grad_norm is not None
+        return float(result.own.grad_norm)
+
+
+def test_each_rank_sees_the_norm_of_its_own_gradient_before_it_is_averaged() -> None:
+    first, second = run_ranks(_own_norms, 2)
+    assert 0 < first != second > 0
 
 
 def test_gradients_are_clipped_once_to_the_global_norm() -> None:
