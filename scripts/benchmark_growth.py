@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--real", type=int, nargs="*", default=REAL, help="worlds of gloo processes")
     parser.add_argument("--fake", type=int, nargs="*", default=FAKE, help="worlds of which only rank 0 exists")
     args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # the same for every world, however many ranks share the machine
     print(f"{date.today()}, torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores;")
     print(f"{BATCH} rows a rank, embedding {EMBED_DIM}, {NUM_SHARDS} shards, one thread. Best of {REPEATS}.\n")
     print("| ranks | " + " | ".join(COLUMNS) + " |\n|" + "---|" * (len(COLUMNS) + 1))
@@ -82,6 +83,7 @@ def real_ranks(size: int) -> dict[str, float]:
 
 def _rank(rank: int, size: int, port: int, queue: Any) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
     started = time.perf_counter()
     with session(ClusterConfig(device="cpu")) as world:
         joined_s = time.perf_counter() - started
@@ -101,7 +103,6 @@ def fake_rank(size: int) -> dict[str, float]:
 
 def measure(world: World, own: Position | None) -> dict[str, float]:
     """All columns; `own` position of this rank where the others exist."""
-    torch.set_num_threads(1)  # the same for every world, however many ranks share the machine
     values = _loss(world) | _order(world) | _loader(world)
     values["agree ms"] = 1e3 * _seconds(lambda: _agree(world))
     return values | _positions(world, own)
