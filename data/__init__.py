@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from data.augment import AugmentConfig, parse_aug_cfg
-    from data.batch import Batch, LaneCursor, Position
+    from data.batch import Batch, Position
     from data.captions import CaptionConfig
     from data.catalog import Catalog, open_catalog, sources_of
     from data.config import LoaderConfig
+    from data.cursors import LaneCursor
     from data.device import DeviceTransform
     from data.errors import DataConfigError, DataError, ShardError, StorageError, TarError
     from data.eval_reader import EvalBatch, class_names_of, read_labelled, read_pairs, templates_of
@@ -37,10 +38,11 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "augment": ("AugmentConfig", "parse_aug_cfg"),
-    "batch": ("Batch", "LaneCursor", "Position"),
+    "batch": ("Batch", "Position"),
     "captions": ("CaptionConfig",),
     "catalog": ("Catalog", "open_catalog", "sources_of"),
     "config": ("LoaderConfig",),
+    "cursors": ("LaneCursor",),
     "device": ("DeviceTransform",),
     "errors": ("DataConfigError", "DataError", "ShardError", "StorageError", "TarError"),
     "eval_reader": ("EvalBatch", "class_names_of", "read_labelled", "read_pairs", "templates_of"),

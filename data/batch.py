@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from data.config import LoaderConfig
+from data.cursors import CursorTable, LaneCursor
 from data.errors import DataConfigError
 
 
@@ -58,26 +59,6 @@ class Batch:
         )
 
 
-class LaneCursor(NamedTuple):
-    """How far a lane has come, or in a mixture one of its streams.
-
-    Its current block begins at sample `sample` of segment `segment` in `epoch`; offset: byte of that sample in
-    its shard, -1 if unknown. emitted: raw samples of the block that are gone. taken: rows it has given in all.
-    cuts: (segment, stop) of segments that failed while the block was read; reading it again stops at the same
-    sample even if the shard is whole by then, so the same samples make up the block and nothing of it is
-    repeated or lost.
-    """
-
-    epoch: int = 0
-    segment: int = 0
-    sample: int = 0
-    offset: int = -1
-    block: int = 0
-    emitted: int = 0
-    taken: int = 0
-    cuts: tuple[tuple[int, int], ...] = ()
-
-
 @dataclass(frozen=True)
 class Position:
     """Where some lanes of a run stand, and what they depend on: `fingerprint` describes sources and order.
@@ -89,24 +70,24 @@ class Position:
     block_bytes: int
     seed: int
     fingerprint: dict[str, str]
-    cursors: dict[int, LaneCursor] = field(default_factory=dict)
+    cursors: Mapping[int, LaneCursor] = field(default_factory=dict)
     streams: int = 1  # of each lane
 
     @staticmethod
     def merge(positions: Sequence[Position]) -> Position:
         """The position of the whole run from those of its ranks. ValueError if they differ or lanes are missing."""
         first = positions[0]
-        cursors: dict[int, LaneCursor] = {}
-        for position in positions:
-            if position._terms() != first._terms():
-                raise ValueError("positions of different runs")
-            if cursors.keys() & position.cursors.keys():
-                raise ValueError("two ranks hold the same lane")
-            cursors |= position.cursors
+        if any(position._terms() != first._terms() for position in positions):
+            raise ValueError("positions of different runs")
+        cursors = CursorTable.concat([CursorTable.of(position.cursors) for position in positions])
         missing = first.lanes - len(cursors) // first.streams
         if missing:
             raise ValueError(f"{missing} of {first.lanes} lanes are missing")
-        return dataclasses.replace(first, cursors=dict(sorted(cursors.items())))
+        return dataclasses.replace(first, cursors=cursors)
+
+    def compact(self) -> Position:
+        """The same with its cursors as a table, which is quick to send and to merge."""
+        return dataclasses.replace(self, cursors=CursorTable.of(self.cursors))
 
     def to_json(self) -> dict[str, Any]:
         """Numbers, strings, lists and dictionaries only."""
@@ -116,20 +97,16 @@ class Position:
             "seed": self.seed,
             "streams": self.streams,
             "fingerprint": dict(self.fingerprint),
-            "columns": ["stream", *LaneCursor._fields],
-            "cursors": [
-                [stream, *cursor[:-1], [list(cut) for cut in cursor.cuts]] for stream, cursor in self.cursors.items()
-            ],
+            **CursorTable.of(self.cursors).to_json(),
         }
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> Position:
         """The inverse of `to_json`. DataConfigError for columns that this version does not know."""
-        if value.get("columns") != ["stream", *LaneCursor._fields]:
-            raise DataConfigError("--resume: the checkpoint's data position was written by another version")
-        cursors = {}
-        for stream, *numbers, cuts in value["cursors"]:
-            cursors[stream] = LaneCursor._make([*numbers, tuple((segment, stop) for segment, stop in cuts)])
+        try:
+            cursors = CursorTable.from_json(value)
+        except ValueError:
+            raise DataConfigError("--resume: the checkpoint's data position was written by another version") from None
         return Position(
             value["lanes"], value["block_bytes"], value["seed"], dict(value["fingerprint"]), cursors, value["streams"]
         )

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from data.background import DaemonPool
-from data.batch import LaneCursor
+from data.cursors import LaneCursor
 from data.errors import DataConfigError, DataError, ShardError
 from data.order import Mixing, Order, Segment, block_samples
 from data.randomness import KeyedRandom

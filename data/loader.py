@@ -26,8 +26,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from data.batch import Batch, LaneCursor, Position, fingerprint_of
+from data.batch import Batch, Position, fingerprint_of
 from data.config import LoaderConfig
+from data.cursors import LaneCursor
 from data.errors import DataConfigError, DataError
 from data.fork_server import RUN_SIGNALS, WorkerContext, end_with_parent, scratch_folder, share_arenas
 from data.handoff import Receiver
@@ -55,23 +56,21 @@ def build_train_loader(
     """
     config = with_shards(config)
     _check(config)
-    streams = config.streams_per_lane
     if position is None:
-        lanes = lanes_per_rank(config.batch_size) * world_size
-        position = Position(
-            lanes,
-            block_bytes(config.shuffle_budget_mib, lanes // world_size, config.workers, streams),
-            config.seed,
-            fingerprint_of(config),
-            {stream: LaneCursor() for stream in range(lanes * streams)},
-            streams,
-        )
+        position = _beginning(config, lanes_per_rank(config.batch_size), world_size)
     else:
         position.check(config)
     if world_size > position.lanes:
         raise DataConfigError(f"--resume: the run's {position.lanes} lanes cannot be dealt to {world_size} ranks")
     mine = deal(range(position.lanes), world_size, rank)
     return TrainLoader(config, tokenize, position, mine)
+
+
+def _beginning(config: LoaderConfig, lanes_of_rank: int, world_size: int) -> Position:
+    """No cursors: a lane without one begins at its first sample. A rank need not list the lanes of all others."""
+    streams = config.streams_per_lane
+    block = block_bytes(config.shuffle_budget_mib, lanes_of_rank, config.workers, streams)
+    return Position(lanes_of_rank * world_size, block, config.seed, fingerprint_of(config), {}, streams)
 
 
 def run_preflight(config: LoaderConfig, tokenize: Tokenize, samples: int = 8, shards: int = 3) -> PreflightReport:
@@ -97,7 +96,8 @@ class TrainLoader:
     def __init__(self, config: LoaderConfig, tokenize: Tokenize, start: Position, lanes: list[int]):
         self._config = config
         self._start = start
-        self._cursors = {stream: start.cursors[stream] for lane in lanes for stream in streams_of(lane, start.streams)}
+        streams = [stream for lane in lanes for stream in streams_of(lane, start.streams)]
+        self._cursors = {stream: start.cursors[stream] if start.cursors else LaneCursor() for stream in streams}
         self._stats = LoaderStats()
         self._plan = Plan(config, tokenize, start.lanes, start.block_bytes, dict(self._cursors))
         self._num_workers = min(config.workers, len(lanes))

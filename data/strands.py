@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from data.background import DaemonPool
-from data.batch import LaneCursor
 from data.config import LoaderConfig
+from data.cursors import LaneCursor
 from data.lanes import Lane, LaneReader, MixedLane
 from data.order import Mixing, Order, read_ahead_bytes, streams_of
 from data.readers import build_reader

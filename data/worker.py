@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from data.background import DaemonPool
-from data.batch import LaneCursor
 from data.config import LoaderConfig
+from data.cursors import LaneCursor
 from data.errors import DataConfigError, DataError
 from data.handoff import Pixels, Sender
 from data.lanes import Block, Lane, MixedLane

@@ -181,7 +181,7 @@ class Checkpointer:
         stall_s: float,
     ) -> None:
         started = time.perf_counter()
-        manifest = write_checkpoint(folder, tensors, documents, step=progress.step, epoch=progress.epoch)
+        manifest = write_checkpoint(folder, tensors, documents, **asdict(progress))
         seconds = time.perf_counter() - started
         mib = sum(entry.size for entry in manifest.files.values()) / 2**20
         logger.info("saved %s: %.0f MiB written in %.1f s, training stood %.2f s", folder, mib, seconds, stall_s)

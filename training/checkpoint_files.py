@@ -12,6 +12,7 @@ manifest verifies. `.tmp-*` is being written, `.replaced-*` gives way to a new f
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -61,10 +62,14 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a whole checkpoint consists of. `step` counts completed optimiser steps, `epoch` completed epochs."""
+    """What a whole checkpoint consists of. `step` counts completed optimiser steps, `epoch` completed epochs.
+
+    samples_seen: orders the checkpoints of a run whose global batch, and so the length of a step, has changed.
+    """
 
     step: int
     epoch: int
+    samples_seen: int = 0
     files: dict[str, FileEntry] = field(default_factory=dict)
     written_at: float = 0.0
 
@@ -99,6 +104,7 @@ def write_checkpoint(
     *,
     step: int,
     epoch: int,
+    samples_seen: int = 0,
 ) -> Manifest:
     """Write `folder` so that it appears whole or not at all; an existing folder of that name is replaced.
 
@@ -110,7 +116,7 @@ def write_checkpoint(
     try:
         _remove_tree(temporary)
         temporary.mkdir(parents=True)
-        manifest = _fill(temporary, tensors, documents, step, epoch)
+        manifest = _fill(temporary, tensors, documents, Manifest(step, epoch, samples_seen))
         _take_name(temporary, folder)
     except OSError as error:
         _remove_tree(temporary)
@@ -122,12 +128,11 @@ def _fill(
     folder: Path,
     tensors: Mapping[str, Mapping[str, Tensor]],
     documents: Mapping[str, Any],
-    step: int,
-    epoch: int,
+    manifest: Manifest,
 ) -> Manifest:
     files = {name: _write_file(folder / name, _text_pieces(content)) for name, content in documents.items()}
     files |= {name: _write_file(folder / name, _safetensors_pieces(content)) for name, content in tensors.items()}
-    manifest = Manifest(step=step, epoch=epoch, files=files, written_at=time.time())
+    manifest = dataclasses.replace(manifest, files=files, written_at=time.time())
     # Order matters: the manifest vouches for the other files, so it is written when they are on the disk.
     _write_file(folder / MANIFEST, [manifest.to_text().encode()])
     _sync_folder(folder)
@@ -276,14 +281,14 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted(folders, key=_age_key, reverse=True)
 
 
-def _age_key(folder: Path) -> tuple[float, int, int]:
-    """Orders by step; at the same step an epoch's folder is newer, being the one that is kept."""
+def _age_key(folder: Path) -> tuple[float, float, int, int]:
+    """Orders by samples and step; at the same one an epoch's folder is newer, being the one that is kept."""
     kind, number = _parse_name(folder)
-    try:
-        step: float = _read_manifest(folder).step
-    except CheckpointError:
-        step = float("inf")
-    return step, int(kind == "epoch"), number
+    samples = step = float("inf")
+    with contextlib.suppress(CheckpointError):
+        manifest = _read_manifest(folder)
+        samples, step = manifest.samples_seen, manifest.step
+    return samples, step, int(kind == "epoch"), number
 
 
 def _parse_name(folder: Path) -> tuple[str, int]:
@@ -319,9 +324,14 @@ def rotate(directory: Path, *, keep_last: int, delete_previous_epochs: bool, kee
     epochs = [folder for folder in whole if _parse_name(folder)[0] == "epoch"]
     unwanted = steps[keep_last:] + (epochs[1:] if delete_previous_epochs else [])
     unwanted = [folder for folder in unwanted if folder not in (keep, whole[0])]
-    for folder in unwanted:
-        _delete(folder)
+    discard(unwanted)
     return unwanted
+
+
+def discard(folders: Iterable[Path]) -> None:
+    """Delete checkpoints, each of them wholly or not at all."""
+    for folder in folders:
+        _delete(folder)
 
 
 def _is_whole(folder: Path) -> bool:

@@ -120,7 +120,10 @@ class OptimConfig:
     beta2: float | None = option(None, "AdamW beta2 (0.98 for ViT, else 0.999)")
     eps: float | None = option(None, "AdamW epsilon (1e-6 for ViT, else 1e-8)")
     wd: float = option(0.2, "weight decay of matrices and convolutions")
-    warmup: int = option(10000, "steps of linear warm-up")
+    warmup: int | None = option(None, "steps of linear warm-up (10000, unless --warmup-samples is given)")
+    warmup_samples: int | None = option(
+        None, "length of the warm-up in samples instead, so that it stays the same at another global batch"
+    )
     lr_scheduler: str = option("cosine", "after the warm-up", choices=("cosine", "const", "const-cooldown"))
     epochs_cooldown: int | None = option(None, "last epochs in which const-cooldown falls")
     lr_cooldown_end: float = option(0.0, "learning rate at the end of the cooldown")
@@ -137,8 +140,14 @@ class OptimConfig:
         "no effect: the same loss by other exchanges between ranks",
         choices=("bidir", "shift", "reduce", "gather"),
     )
-    on_nonfinite: str = option("skip", "a loss or gradient that is not finite", choices=("skip", "stop"))
-    max_nonfinite: int = option(10, "steps in a row that --on-nonfinite skip tolerates")
+    on_nonfinite: str = option(
+        "skip",
+        "a loss or gradient that is not finite: leave out its update and end the run after too many in a row, or then "
+        "go back to the last checkpoint and on with later samples, or end the run at once",
+        choices=("skip", "rollback", "stop"),
+    )
+    max_nonfinite: int = option(10, "updates left out in a row that --on-nonfinite skip and rollback tolerate")
+    max_rollbacks: int = option(3, "times that --on-nonfinite rollback goes back before the run ends")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +167,12 @@ class RunConfig:
     save_every_n_minutes: float | None = option(None, "a checkpoint between epochs, by time")
     keep_last: int = option(2, "step checkpoints kept; those of epochs all stay")
     delete_previous_checkpoint: bool = option(False, "keep only the newest checkpoint of an epoch")
+    dry_run: bool = option(
+        False,
+        "build everything, make one step at the largest text length, print plan, memory and what would be refused, "
+        "write nothing",
+    )
+    dry_run_world_size: int = option(1, "ranks of the run that --dry-run pretends to be rank 0 of, on this one process")
     stop_after_steps: int | None = option(None, "save and end after this step of the run, as a preemption would")
 
 

@@ -7,6 +7,7 @@ to do rank-dependent work without leaving the others waiting in a collective.
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -56,6 +57,18 @@ class World:
         dist.all_gather_object(values, value, group=self.control)  # Collective:
         return values
 
+    def gather_object(self, value: T) -> list[T] | None:
+        """Every rank's value, by rank, on rank 0; None elsewhere. What many ranks say, only one needs to read."""
+        if self.size == 1:
+            return [value]
+        own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        # One length for all: torch's own gather of objects sends all lengths around the ring of ranks first.
+        padded = own.new_zeros(self.max_int(len(own)))
+        padded[: len(own)] = own
+        rows = [torch.empty_like(padded) for _ in range(self.size)] if self.is_main else None
+        dist.gather(padded, rows, group=self.control)  # Collective:
+        return None if rows is None else [pickle.loads(row.numpy().tobytes()) for row in rows]
+
     def broadcast_object(self, value: T, src: int = 0) -> T:
         """Rank `src`'s value on every rank."""
         if self.size == 1:
@@ -90,7 +103,8 @@ class World:
         self._raise_together(error, what)
 
     def _raise_together(self, error: Exception | None, what: str) -> None:
-        if self.size > 1:
+        # One number settles the usual case, in the logarithm of the ranks; reports go round the whole ring.
+        if self.any(error is not None) and self.size > 1:
             own = None if error is None else (str(error) or repr(error), exit_code_of(error))
             reports = self.all_gather_object(own)
             if error is None:
@@ -118,7 +132,7 @@ def exit_code_of(error: BaseException) -> int:
 def session(cluster: ClusterConfig) -> Iterator[World]:
     """Join the other ranks and leave them on every path. Raises ConfigError when they do not all come."""
     launch = read_launch(os.environ)
-    device = _device(cluster, launch)
+    device = pick_device(cluster, launch)
     backend = cluster.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
     world = World(launch.rank, launch.size, launch.local_rank, launch.local_size, device, backend, launch.launcher)
     if launch.size == 1:
@@ -142,7 +156,8 @@ def session(cluster: ClusterConfig) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def _device(cluster: ClusterConfig, launch: Launch) -> torch.device:
+def pick_device(cluster: ClusterConfig, launch: Launch) -> torch.device:
+    """The device of this rank. Raises ConfigError when there is no such one."""
     wanted = cluster.device
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"

@@ -94,14 +94,17 @@ class Feed:
             own = Call.SAVE
         return Call(self._world.max_int(int(own)))  # Collective:
 
-    def position(self) -> Position:
-        """The whole run's data position behind the last batch handed out, on every rank."""
-        return Position.merge(self._world.all_gather_object(self._position))
+    def positions(self) -> list[Position]:
+        """Every rank's data position behind the last batch handed out, on rank 0; empty elsewhere. Collective."""
+        return self._world.gather_object(self._position.compact()) or []
 
     def counts(self) -> dict[str, int]:
-        """Samples and shards lost in the whole run, in all and by reason, and samples by source; over all ranks."""
+        """Samples and shards lost in the whole run, in all and by reason, and samples by source; over all ranks.
+
+        On rank 0; elsewhere nothing to rely on. Collective.
+        """
         totals = self._earlier_counts.copy()
-        for counts in self._world.all_gather_object(self._loader.stats().counts()):  # Collective:
+        for counts in self._world.gather_object(self._loader.stats().counts()) or []:  # Collective:
             totals.update(counts)
         return dict(sorted(totals.items()))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from training.config import RunConfig
 from training.feed import Feed
-from training.guard import NonFiniteGuard
+from training.guard import NonFiniteGuard, RollbackDue
 from training.plan import Plan
 from training.report import Reporter
 from training.saving import Saver
@@ -27,6 +27,7 @@ class Job:
     guard: NonFiniteGuard
     reporter: Reporter
     saver: Saver
+    roll_back: Callable[[RollbackDue], int]  # the step to go on from
     evaluate: Callable[[int], bool]  # by completed steps, at the end of an epoch; False when it was stopped
     evaluate_first: bool  # the start is the end of an epoch whose evaluation is missing
     cadence: Cadence
@@ -68,7 +69,17 @@ def run_loop(job: Job) -> bool:
     """Train to the end. Returns False when the run was stopped before it, with everything saved."""
     if job.evaluate_first and not job.evaluate(job.start_step):
         return False
-    for done in range(job.start_step + 1, job.plan.total_steps + 1):
+    start = job.start_step
+    while True:
+        try:
+            return _run_from(job, start)
+        except RollbackDue as due:
+            start = job.roll_back(due)
+
+
+def _run_from(job: Job, start: int) -> bool:
+    """Train from `start` completed steps on, as `run_loop`. RollbackDue leaves it on all ranks alike."""
+    for done in range(start + 1, job.plan.total_steps + 1):
         batch = job.feed.next(save_due=job.cadence.minutes_are_up())
         if batch is None:
             _save(job, done - 1)

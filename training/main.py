@@ -20,6 +20,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, join the other ranks, train, leave. Returns the exit code."""
     try:
         config = parse_args(argv)
+        if config.run.dry_run:
+            from training.dry_run import dry_run
+
+            return dry_run(config)
         # A signal may come at any time: while torch is imported and while ranks gather, too.
         with Preemption() as preemption:
             # Heavy imports wait until the command line is known to be right.

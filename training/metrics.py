@@ -7,6 +7,7 @@ finite is written as null and named in the line's `nonfinite` list.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -38,8 +39,17 @@ class MetricsLog:
         self._listener = listener
         run_dir.mkdir(parents=True, exist_ok=True)
         _keep_until(self.path, -1 if resume_step is None else resume_step)
+        self._file = self._open()
+
+    def _open(self) -> io.FileIO:
         # Unbuffered: a line is in the file when `write` returns, and a failed one leaves nothing to fail again later.
-        self._file = self.path.open("ab", buffering=0)
+        return self.path.open("ab", buffering=0)
+
+    def rewind(self, step: int) -> None:
+        """Cut off the lines beyond `step`: the run goes on from there."""
+        self._file.close()
+        _keep_until(self.path, step)
+        self._file = self._open()
 
     def write(self, values: Mapping[str, Any], *, step: int, epoch: int, samples_seen: int) -> dict[str, Any]:
         """Append one line, hand the record to the listener, and return it. Scalars of any library are taken."""

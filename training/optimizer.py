@@ -45,6 +45,22 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, model_name: str, exemp
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=optim.lr, betas=(beta1, beta2), eps=eps, fused=True)
 
 
+def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
+    """One line: constants, and how many tensors and parameters decay and do not."""
+    decayed = [p for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]]
+    others = [p for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]]
+    (beta1, beta2), eps = optimizer.defaults["betas"], optimizer.defaults["eps"]
+    decay = max(group["weight_decay"] for group in optimizer.param_groups)
+    return (
+        f"AdamW, betas {beta1:g} and {beta2:g}, eps {eps:g}; decay {decay:g} on {_size_of(decayed)} (matrices and "
+        f"convolutions), none on {_size_of(others)} (gains, biases, positions, class tokens, temperature)"
+    )
+
+
+def _size_of(parameters: list[Tensor]) -> str:
+    return f"{len(parameters)} tensors of {sum(p.numel() for p in parameters) / 1e6:.2f} M"
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """The same rate for every group."""
     for group in optimizer.param_groups:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from models.errors import ConfigError
 from training.config import OptimConfig
 
+DEFAULT_WARMUP_STEPS = 10_000
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -17,6 +19,7 @@ class Plan:
     accum_steps: int
     samples_per_epoch: int
     epochs: int
+    warmup_steps: int
 
     @property
     def rank_batch(self) -> int:
@@ -56,7 +59,9 @@ class Plan:
 
 def make_plan(optim: OptimConfig, samples_per_epoch: int, world_size: int) -> Plan:
     """Raises ConfigError when an epoch holds less than one global batch."""
-    plan = Plan(world_size, optim.batch_size, optim.accum_freq, samples_per_epoch, optim.epochs)
+    global_batch = optim.batch_size * optim.accum_freq * world_size
+    warmup_steps = _warmup_steps(optim, global_batch)
+    plan = Plan(world_size, optim.batch_size, optim.accum_freq, samples_per_epoch, optim.epochs, warmup_steps)
     if plan.steps_per_epoch == 0:
         raise ConfigError(
             f"an epoch of {samples_per_epoch} samples is less than one global batch of {plan.global_batch} "
@@ -64,3 +69,10 @@ def make_plan(optim: OptimConfig, samples_per_epoch: int, world_size: int) -> Pl
             "--train-num-samples"
         )
     return plan
+
+
+def _warmup_steps(optim: OptimConfig, global_batch: int) -> int:
+    """Whole steps in which at least the samples of the warm-up are seen, where it is given in samples."""
+    if optim.warmup_samples is not None:
+        return -(-optim.warmup_samples // global_batch)
+    return DEFAULT_WARMUP_STEPS if optim.warmup is None else optim.warmup

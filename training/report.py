@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,8 @@ from training.feed import Feed
 from training.metrics import MetricsLog
 from training.plan import Plan
 from training.step import StepResult
+
+log = logging.getLogger(__name__)
 
 # What the console shows of an evaluation; metrics.jsonl has all of it.
 _SHOWN = ("-top1", "-top5", "R@1", "R@5", "clip_val_loss")
@@ -53,6 +56,19 @@ class Reporter:
             self._record(done, dict(values))
             shown = {name: value for name, value in values.items() if name.endswith(_SHOWN)}
             self._console.line("  " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
+        self._start_window()
+
+    def event(self, done: int, text: str, values: Mapping[str, Any]) -> None:
+        """One warning and one record of something out of the ordinary. Collective."""
+        if self._world.is_main:
+            log.warning("%s", text)
+        self._record(done, values)
+
+    def rewind(self, done: int) -> None:
+        """The run went back to `done` steps: what was written of later ones no longer happened."""
+        with self._world.collectively("writing metrics.jsonl"):
+            if self._metrics is not None:
+                self._metrics.rewind(done)
         self._start_window()
 
     def _values(self, result: StepResult, rate: float) -> dict[str, float]:

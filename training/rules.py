@@ -12,9 +12,10 @@ from training.config import TrainConfig
 
 
 def check_config(config: TrainConfig) -> None:
-    """Raise ConfigError for the first rule that the settings break."""
-    for problem in _problems(config):
-        raise ConfigError(problem)
+    """Raise ConfigError for the first rule that the settings break; a dry run is told all of them at once."""
+    problems = list(_problems(config))
+    if problems:
+        raise ConfigError("; and ".join(problems) if config.run.dry_run else problems[0])
 
 
 def _problems(config: TrainConfig) -> Iterator[str]:
@@ -36,14 +37,23 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
         "train_num_samples": config.data.train_num_samples,
         "clip_grad_norm": config.optim.clip_grad_norm,
         "save_every_n_steps": config.run.save_every_n_steps,
+        "dry_run_world_size": config.run.dry_run_world_size,
         "save_every_n_minutes": config.run.save_every_n_minutes,
     }
     for name, value in positive.items():
         if value is not None and value <= 0:
             yield f"--{name.replace('_', '-')} must be positive, got {value}"
-    for name, number in {"workers": config.data.workers, "warmup": config.optim.warmup, "wd": config.optim.wd}.items():
-        if number < 0:
-            yield f"--{name} must not be negative, got {number}"
+    not_negative = {
+        "workers": config.data.workers,
+        "warmup": config.optim.warmup,
+        "warmup_samples": config.optim.warmup_samples,
+        "wd": config.optim.wd,
+        "max_nonfinite": config.optim.max_nonfinite,
+        "max_rollbacks": config.optim.max_rollbacks,
+    }
+    for name, number in not_negative.items():
+        if number is not None and number < 0:
+            yield f"--{name.replace('_', '-')} must not be negative, got {number}"
     if not 0 <= config.data.max_skip_fraction <= 1:
         yield f"--max-skip-fraction is a share between 0 and 1, got {config.data.max_skip_fraction}"
 
@@ -67,7 +77,10 @@ def _loss(config: TrainConfig) -> Iterator[str]:
 
 def _data(config: TrainConfig) -> Iterator[str]:
     data = config.data
-    if data.train_data is None and data.dataset_type != "synthetic":
+    if config.run.dry_run:
+        if data.train_data is None and data.train_num_samples is None:
+            yield "--dry-run needs --train-data, or --train-num-samples to plan without data"
+    elif data.train_data is None and data.dataset_type != "synthetic":
         yield "--train-data is missing: shards such as 's3://bucket/{00000..00099}.tar', or --dataset-type synthetic"
     if data.train_data_upsampling_factors and not data.dataset_resampled:
         yield "--train-data-upsampling-factors needs --dataset-resampled: factors are frequencies of drawing"
@@ -93,6 +106,8 @@ def _refused(build: Callable[[], object]) -> Iterator[str]:
 
 def _schedule(config: TrainConfig) -> Iterator[str]:
     optim = config.optim
+    if optim.warmup is not None and optim.warmup_samples is not None:
+        yield "--warmup (in steps) and --warmup-samples say the same thing twice: give one of them"
     if optim.lr_scheduler == "const-cooldown" and optim.epochs_cooldown is None:
         yield "--lr-scheduler const-cooldown needs --epochs-cooldown"
     if optim.epochs_cooldown is not None and not 0 < optim.epochs_cooldown <= optim.epochs:

@@ -19,20 +19,22 @@ from training.feed import Feed
 from training.folder import RunFolder, run_folder
 from training.guard import NonFiniteGuard
 from training.loop import Cadence, Job, run_loop
-from training.losses.objective import build_objective
 from training.metrics import MetricsLog, read_metrics
+from training.optimizer import describe_optimizer
 from training.plan import Plan, make_plan
 from training.preemption import Preemption
 from training.report import Reporter
+from training.rollback import Rollback, rollbacks_of
 from training.saving import Saver
-from training.schedule import learning_rate
+from training.schedule import describe_schedule, learning_rate
 from training.setup import (
     Learner,
     Samples,
     build_learner,
-    build_transform,
+    build_step,
     cuts_padding,
     describe_model,
+    describe_resume,
     find_samples,
     load_start,
     loader_config,
@@ -40,8 +42,7 @@ from training.setup import (
     start_progress,
 )
 from training.sinks import SinkSettings, build_trackers, new_wandb_id, parse_report_to
-from training.step import TrainStep
-from training.teacher import build_teacher, resolve_teacher
+from training.teacher import resolve_teacher
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ def train(config: TrainConfig, world: World, preemption: Preemption) -> int:
             return EXIT_DONE
         learner = build_learner(config, setting.model, start, setting.loaded, world)
         log.info("model: %s", describe_model(learner.model, config))
+        log.info("optimiser: %s", describe_optimizer(learner.optimizer))
         with open_feed(setting, preemption) as feed, open_job(setting, learner, feed, evaluator) as job:
             finished = run_loop(job)
             job.saver.finish()
@@ -109,14 +111,17 @@ def settle(config: TrainConfig, world: World, folder: RunFolder, start: StartSta
 
 
 def announce(setting: Setting) -> None:
-    """The five facts, of which the model's is told when it is built."""
+    """The facts of the run, of which the model's and its optimiser's are told when they are built."""
     world = setting.world
     if world.size > 1:
         log.info("world: %d ranks by %s, %s on %s", world.size, world.launcher, world.backend, world.device.type)
     else:
         log.info("world: 1 rank (%s), %s", world.launcher, world.device)
     log.info("plan: %s", setting.plan)
+    log.info("learning rate: %s", describe_schedule(setting.config.optim, setting.plan))
     log.info("start: %s", setting.start.reason)
+    if setting.loaded and (change := describe_resume(setting.loaded, setting.config, setting.plan)):
+        log.info("changed since the checkpoint: %s", change)
     log.info("folder: %s", setting.folder.path)
 
 
@@ -186,6 +191,8 @@ def open_job(setting: Setting, learner: Learner, feed: Feed, evaluator: Evaluato
         open_checkpointer(setting) as checkpointer,
     ):
         reporter = Reporter(metrics, console, plan, world, config.log.log_every_n_steps)
+        extra = {"wandb_run_id": wandb_id, "rollbacks": rollbacks_of(setting.loaded)}
+        saver = Saver(checkpointer, learner.model, learner.optimizer, config, plan, world, extra)
 
         def evaluate(done: int) -> bool:
             figures = evaluator.evaluate(learner.wrapped, epoch=plan.epoch_of(done), is_last=done >= plan.total_steps)
@@ -195,19 +202,42 @@ def open_job(setting: Setting, learner: Learner, feed: Feed, evaluator: Evaluato
         job = Job(
             plan=plan,
             start_step=step,
-            step=build_step(setting, learner),
+            step=build_step(
+                config,
+                learner,
+                loader_config(config, setting.samples, plan, setting.model),
+                setting.model,
+                setting.teacher,
+                setting.cut_padding,
+                world,
+            ),
             rate=lambda done: learning_rate(config.optim, plan, done),
             feed=feed,
-            guard=NonFiniteGuard(config.optim.on_nonfinite, config.optim.max_nonfinite, world),
+            guard=NonFiniteGuard(config.optim, world, reporter.event),
             reporter=reporter,
-            saver=Saver(
-                checkpointer, learner.model, learner.optimizer, config, plan, world, {"wandb_run_id": wandb_id}
-            ),
+            saver=saver,
+            roll_back=build_rollback(setting, learner, saver, reporter, feed),
             evaluate=evaluate,
             evaluate_first=evaluation_missing(setting, evaluator),
             cadence=Cadence(config.run, plan, step),
         )
         yield job
+
+
+def build_rollback(setting: Setting, learner: Learner, saver: Saver, reporter: Reporter, feed: Feed) -> Rollback:
+    """The way back to an earlier checkpoint."""
+    return Rollback(
+        world=setting.world,
+        plan=setting.plan,
+        learner=learner,
+        saver=saver,
+        reporter=reporter,
+        feed=feed,
+        directory=setting.folder.checkpoints,
+        start=setting.loaded.folder if setting.loaded else None,
+        limit=setting.config.optim.max_rollbacks,
+        num_done=rollbacks_of(setting.loaded),
+    )
 
 
 def open_checkpointer(setting: Setting) -> Checkpointer:
@@ -241,22 +271,3 @@ def open_metrics(setting: Setting, wandb_id: str) -> Iterator[MetricsLog | None]
         MetricsLog(setting.folder.path, resume_step, trackers) as metrics,
     ):
         yield metrics
-
-
-def build_step(setting: Setting, learner: Learner) -> TrainStep:
-    """The update, with what it needs of the settings."""
-    config = setting.config
-    settings = loader_config(config, setting.samples, setting.plan, setting.model)
-    return TrainStep(
-        model=learner.wrapped,
-        optimizer=learner.optimizer,
-        transform=build_transform(settings, setting.model, setting.world),
-        world=setting.world,
-        seed=config.run.seed,
-        precision=config.model.precision,
-        accum_steps=config.optim.accum_freq,
-        clip_grad_norm=config.optim.clip_grad_norm,
-        objective=build_objective(config.optim, has_teacher=setting.teacher is not None),
-        teacher=build_teacher(config.model, setting.teacher, setting.world),
-        cut_padding=setting.cut_padding,
-    )

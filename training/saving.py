@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from data import Position
 from training.checkpoint import Checkpointer, Progress, optimizer_to_tensors
 from training.config import TrainConfig, to_flat
 from training.distributed import World
@@ -42,11 +43,17 @@ class Saver:
         """Write the state after `done` steps, once. Raises CheckpointWriteError on all ranks alike."""
         if done == self._last_step:
             return
-        position, counts = feed.position(), feed.counts()  # Collective:
+        positions, counts = feed.positions(), feed.counts()  # Collective:
         with self._world.collectively("saving a checkpoint"):
             if self._world.is_main:
-                self._write(done, position.to_json(), counts)
+                self._write(done, Position.merge(positions).to_json(), counts)
         self._last_step = done
+
+    def save_again(self, done: int, feed: Feed, facts: dict[str, Any]) -> None:
+        """Write the state after `done` steps in place of an earlier one; all later states hold `facts` too."""
+        self._extra = self._extra | facts
+        self._last_step = -1
+        self.save(done, feed)
 
     def reserve(self) -> None:
         """Take the host memory of a snapshot in the background, once the optimiser's state exists."""

@@ -19,12 +19,17 @@ from training.checkpoint import (
     load_checkpoint,
     load_optimizer_tensors,
 )
-from training.config import TrainConfig
+from training.config import TrainConfig, from_flat
 from training.distributed import World
 from training.errors import ConfigError
+from training.losses.objective import build_objective
 from training.optimizer import build_optimizer, parameter_names
 from training.parallel import parallelize
-from training.plan import Plan
+from training.plan import Plan, make_plan
+from training.schedule import describe_change
+from training.step import TrainStep
+from training.teacher import build_teacher
+from training.witness import Witness
 
 log = logging.getLogger(__name__)
 
@@ -91,16 +96,16 @@ def start_progress(loaded: LoadedCheckpoint | None, plan: Plan) -> Progress:
     """Where the run goes on. The step follows from the samples seen, so that another global batch keeps its place."""
     if loaded is None:
         return Progress(step=0, epoch=0, samples_seen=0)
-    progress = loaded.progress
-    step = progress.samples_seen // plan.global_batch
-    if step != progress.step:
-        log.info(
-            "the global batch changed: %d samples seen are step %d now, were %d",
-            progress.samples_seen,
-            step,
-            progress.step,
-        )
-    return Progress(step=step, epoch=plan.epoch_of(step), samples_seen=progress.samples_seen)
+    step = loaded.progress.samples_seen // plan.global_batch
+    return Progress(step=step, epoch=plan.epoch_of(step), samples_seen=loaded.progress.samples_seen)
+
+
+def describe_resume(loaded: LoadedCheckpoint, config: TrainConfig, plan: Plan) -> str:
+    """What the settings of now make different from those that the checkpoint was written with; empty if nothing."""
+    old = from_flat(loaded.config)
+    samples = old.data.train_num_samples or plan.samples_per_epoch
+    old_plan = make_plan(old.optim, samples, loaded.state["world_size"])
+    return describe_change((old.optim, old_plan), (config.optim, plan), loaded.progress.samples_seen)
 
 
 def build_learner(
@@ -125,6 +130,12 @@ def build_learner(
         if loaded is not None:
             load_optimizer_tensors(optimizer, parameter_names(model), loaded.optimizer)
     return Learner(model, wrapped, optimizer)
+
+
+def restore(learner: Learner, loaded: LoadedCheckpoint) -> None:
+    """Put a learner that is in use back into the state of `loaded`. Every rank reads the files for itself."""
+    learner.model.load_state_dict(loaded.model)
+    load_optimizer_tensors(learner.optimizer, parameter_names(learner.model), loaded.optimizer)
 
 
 def _load_pretrained(model: models.CLIP, source: str) -> None:
@@ -214,6 +225,32 @@ def build_transform(loader: data.LoaderConfig, model_config: models.ModelConfig,
     """uint8 pixels to what the model expects, on the device."""
     preprocess = model_config.preprocess
     return data.DeviceTransform(preprocess.mean, preprocess.std, loader.aug).to(world.device)
+
+
+def build_step(
+    config: TrainConfig,
+    learner: Learner,
+    loader: data.LoaderConfig,
+    model_config: models.ModelConfig,
+    teacher: models.ModelConfig | None,
+    cut_padding: bool,
+    world: World,
+) -> TrainStep:
+    """The update, with what it needs of the settings. Collective where there is a teacher."""
+    return TrainStep(
+        model=learner.wrapped,
+        optimizer=learner.optimizer,
+        transform=build_transform(loader, model_config, world),
+        world=world,
+        seed=config.run.seed,
+        precision=config.model.precision,
+        accum_steps=config.optim.accum_freq,
+        clip_grad_norm=config.optim.clip_grad_norm,
+        objective=build_objective(config.optim, has_teacher=teacher is not None),
+        teacher=build_teacher(config.model, teacher, world),
+        cut_padding=cut_padding,
+        witness=Witness(learner.wrapped),
+    )
 
 
 def describe_model(model: models.CLIP, config: TrainConfig) -> str:

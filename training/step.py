@@ -2,6 +2,12 @@
 
 Knows no files and no cadence. Random numbers of a step are keyed by (seed, step, rank, micro-batch): a resume
 needs no generator state, and a micro-batch can be repeated exactly.
+
+What accumulation promises: the gradient of the loss of all rows at once, under the draws of each micro-batch. With
+another number of micro-batches dropout, patch dropout, stochastic depth and erasing noise draw anew, as they do with
+another number of ranks. Draws by row would need a generator for each row, or k times the numbers on the device, and
+could not reach into compiled blocks, to replace one random mask by another that is no better. Where nothing is drawn
+the number of micro-batches changes nothing but rounding; batch norms, which see a micro-batch at a time, excepted.
 """
 
 from __future__ import annotations
@@ -9,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +30,7 @@ from training.losses import Features, Losses, Objective
 from training.losses.objective import joined
 from training.optimizer import set_learning_rate
 from training.parallel import autocast, unwrap, without_sync
+from training.witness import Sighting, Witness
 
 # CLIP's bound (Radford et al. 2021, section 2.5): logits are scaled by at most 100.
 MAX_LOG_SCALE = math.log(100)
@@ -37,7 +44,8 @@ class StepResult:
     losses: Mapping[str, Tensor]  # its parts by name, global means, 0-D
     grad_norm: Tensor  # before clipping, 0-D
     scale: Tensor  # exponential of the temperature's logarithm, 0-D
-    skipped: Tensor  # 1.0 when loss or gradient was not finite and nothing was updated, 0-D
+    skipped: Tensor  # 1.0 when loss or gradient was not finite and nothing was updated, 0-D; equal on all ranks
+    own: Sighting  # what this rank alone saw
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,7 @@ class TrainStep:
     objective: Objective
     teacher: nn.Module | None = None  # frozen; sees the same images and tokens
     cut_padding: bool = False  # of the texts; only for towers where it counts for nothing
+    witness: Witness = field(default_factory=Witness)
 
     def __call__(self, batch: Batch, step: int, rate: float) -> StepResult:
         """Update the parameters with this rank's `batch` of micro_batch x accum_steps rows."""
@@ -113,6 +122,7 @@ class TrainStep:
 
     def _backward(self, features: Features) -> Losses:
         """The losses, detached, after the backward pass of their sum."""
+        self.witness.features(features.image, features.text)
         losses = self.objective(features)
         torch.stack(list(losses.values())).sum().backward()
         return {name: loss.detach() for name, loss in losses.items()}
@@ -138,9 +148,8 @@ class TrainStep:
         log_scale = unwrap(self.model).logit_scale
         with torch.no_grad():
             log_scale.clamp_(0, MAX_LOG_SCALE)
-        return StepResult(
-            mean_loss, dict(zip(losses, means, strict=True)), grad_norm, log_scale.detach().exp(), skipped
-        )
+        parts = dict(zip(losses, means, strict=True))
+        return StepResult(mean_loss, parts, grad_norm, log_scale.detach().exp(), skipped, self.witness.take())
 
 
 def draw_seed(seed: int, step: int, rank: int, micro: int) -> int:

@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 
-from data.batch import Batch, LaneCursor, Position, fingerprint_of
+from data.batch import Batch, Position, fingerprint_of
 from data.config import LoaderConfig
+from data.cursors import LaneCursor
 from data.errors import DataConfigError
 from data.urls import Source
 

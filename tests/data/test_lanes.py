@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.background import DaemonPool
-from data.batch import LaneCursor, Position
+from data.batch import Position
+from data.cursors import LaneCursor
 from data.errors import DataConfigError, DataError, ShardError
 from data.lanes import Block, Keeps, Lane, LaneReader
 from data.order import Order

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.background import DaemonPool
-from data.batch import Batch, LaneCursor, Position
+from data.batch import Batch, Position
 from data.catalog import Catalog, open_catalog
 from data.config import LoaderConfig
+from data.cursors import LaneCursor
 from data.errors import DataConfigError
 from data.loader import TrainLoader
 from data.mixture import is_mixture

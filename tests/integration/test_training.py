@@ -104,6 +104,25 @@ def test_a_run_stopped_inside_an_epoch_and_resumed_equals_the_uninterrupted_one(
     assert records(tmp_path)[-1]["train/samples/shard"] == records(uninterrupted)[-1]["train/samples/shard"] == 96
 
 
+def test_a_resume_at_another_global_batch_says_what_changes_and_its_checkpoints_count_as_the_newest(
+    clean_shards: str, tmp_path: Path
+) -> None:
+    assert run(tmp_path, clean_shards, "--stop-after-steps", "4") == 75
+    # Sixteen samples a step: the step after is the third, though a fourth is behind us.
+    bigger = ("--resume", "latest", "--batch-size", "16")
+    assert run(tmp_path, clean_shards, *bigger, "--stop-after-steps", "3") == 75
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert (
+        "changed since the checkpoint: global batch 8 -> 16, steps an epoch 6 -> 3, steps in all 12 -> 6, "
+        "this step 4 -> 2, samples of warm-up 16 -> 32, learning rate here "
+    ) in log
+    assert "optimiser: AdamW, betas 0.9 and 0.999" in log
+    assert "learning rate: to 0.001 in 2 steps (16 samples), then as a half cosine to 0 at step 12" in log
+    assert run(tmp_path, clean_shards, *bigger) == 0
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert log.count("changed since the checkpoint") == 1 and "epoch_1 (step 3)" in log
+
+
 def test_the_number_of_workers_changes_nothing(uninterrupted: Path, clean_shards: str, tmp_path: Path) -> None:
     assert run(tmp_path, clean_shards, "--workers", "2") == 0
     assert_same_end(uninterrupted, tmp_path)

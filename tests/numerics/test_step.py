@@ -13,12 +13,14 @@ from data import AugmentConfig, Batch, DeviceTransform
 from tests.helpers.gloo import run_ranks
 from training.config import ClusterConfig, ModelConfig, OptimConfig
 from training.distributed import World, session
+from training.footprint import Footprint
 from training.losses import Contrastive, Distillation
 from training.losses.objective import joined
 from training.optimizer import build_optimizer
 from training.parallel import parallelize
 from training.setup import SIGLIP_LOG_SCALE
 from training.step import TrainStep
+from training.witness import Witness
 
 ROWS = 8
 
@@ -45,7 +47,9 @@ def _step(model: nn.Module, world: World, *, accum: int = 1, precision: str = "f
     optimizer = build_optimizer(model, OptimConfig(lr=1e-3), "vit", ())
     wrapped = parallelize(model, ModelConfig(grad_checkpointing=False), ClusterConfig(device="cpu", **cluster), world)
     transform = DeviceTransform((0.5,) * 3, (0.5,) * 3, AugmentConfig())
-    return TrainStep(wrapped, optimizer, transform, world, 0, precision, accum, 1.0, Contrastive())
+    return TrainStep(
+        wrapped, optimizer, transform, world, 0, precision, accum, 1.0, Contrastive(), witness=Witness(wrapped)
+    )
 
 
 def _gradients(accum: int, name: str, patch_dropout: float = 0.0) -> dict[str, Tensor]:
@@ -70,21 +74,56 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch_temperature_includ
     _assert_close(_gradients(accum, "tiny-test"), _gradients(1, "tiny-test"), 2e-5)
 
 
-def test_accumulation_repeats_the_random_draws_of_each_micro_batch() -> None:
-    """With dropout the replay must see the masks of the first pass: against autograd through both at once."""
-    accum = 4
-    model = _model("tiny-test", patch_dropout=0.5)
-    step = _step(model, World(), accum=accum)
-    reference = _model("tiny-test", patch_dropout=0.5)
-    whole = _step(reference, World())
+def _random_model(kind: str) -> models.CLIP:
+    """Towers that draw: patch dropout; dropout and stochastic depth; and batch statistics."""
+    torch.manual_seed(7)
+    config = models.load_model_config(
+        {"patches": "tiny-test", "depth": "tiny-test-timm", "norms": "tiny-test-rn"}[kind]
+    )
+    if kind == "norms":
+        return models.build_model(config)
+    options = {"patch_dropout": 0.5} if kind == "patches" else {"timm_drop": 0.3, "timm_drop_path": 0.4}
+    if kind == "depth":
+        options["timm_proj"] = "linear"
+    return models.build_model(replace(config, vision_cfg=replace(config.vision_cfg, **options)))
+
+
+def _with_erasing(batch: Batch) -> Batch:
+    side = batch.images.shape[-1]
+    box = torch.tensor([side // 4, side // 4, side // 2, side // 2])
+    return replace(batch, draws={"erase": box.expand(len(batch), 1, 4)})
+
+
+_CASES = [(accum, kind) for kind in ("patches", "depth", "norms") for accum in (1, 2, 4, 8)]
+_CASES.remove((8, "norms"))  # a batch norm needs more than one row
+
+
+@pytest.mark.parametrize(("accum", "kind"), _CASES)
+def test_accumulation_gives_the_gradient_of_one_loss_under_the_draws_of_each_micro_batch(accum: int, kind: str) -> None:
+    """Against autograd through all micro-batches at once, which the replay must give without holding them at once."""
+    model, reference = _random_model(kind), _random_model(kind)
+    batch = _with_erasing(_batch(0, side=model.visual.image_size[0]))
+    step, whole = _step(model, World(), accum=accum), _step(reference, World())
     reference.train()
-    outputs = [whole._forward(part, 0, i) for i, part in enumerate(_batch(0).split(accum))]
+    outputs = [whole._forward(part, 0, i) for i, part in enumerate(batch.split(accum))]
     whole._backward(replace(joined(outputs), scale=reference.logit_scale.exp()))
     norm = nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
-    result = step(_batch(0), 0, 0.0)
+    result = step(batch, 0, 0.0)
     torch.testing.assert_close(result.grad_norm, norm, rtol=1e-5, atol=0)
     want = {name: p.grad for name, p in reference.named_parameters()}
-    _assert_close({name: p.grad for name, p in model.named_parameters()}, want, 2e-5)
+    assert "logit_scale" in want
+    _assert_close({name: p.grad for name, p in model.named_parameters()}, want, 5e-5)
+
+
+@pytest.mark.parametrize("kind", ["patches", "depth"])
+def test_the_draws_of_a_micro_batch_are_really_random_and_really_repeated(kind: str) -> None:
+    """Else the test above would pass on towers that draw nothing."""
+    model = _random_model(kind).train()
+    step = _step(model, World())
+    part = _with_erasing(_batch(0, side=model.visual.image_size[0]))
+    with torch.no_grad():
+        first, again, other = (step._forward(part, 0, micro).image for micro in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.allclose(first, other, atol=1e-3)
 
 
 def test_batch_statistics_are_updated_once_by_an_accumulated_step() -> None:
@@ -199,7 +238,34 @@ def test_a_teacher_is_run_once_a_step_without_graph_and_keeps_its_weights() -> N
     assert all(torch.equal(value, before[key]) for key, value in step.teacher.state_dict().items())
 
 
-def _poisoned() -> tuple[float, bool, float]:
+def _synchronisations() -> list[dict[str, tuple[int, int]]]:
+    """For 1, 2, 4, 8 micro-batches: calls and bytes of each kind of collective in one step, after a first one."""
+    found = []
+    with session(ClusterConfig(device="cpu")) as world:
+        for accum in (1, 2, 4, 8):
+            step = _step(_model(), world, accum=accum)
+            rows = replace(_batch(0), draws={})
+            step(rows, 0, 0.0)
+            with Footprint() as footprint:
+                step(rows, 1, 0.0)
+            calls, sizes = footprint.collective_calls, footprint.collective_bytes
+            found.append({name: (calls[name], sizes[name]) for name in calls})
+    return found
+
+
+@pytest.mark.slow
+def test_gradients_are_synchronised_once_a_step_whatever_the_accumulation() -> None:
+    (found, other) = run_ranks(_synchronisations, 2)
+    assert found == other
+    assert found[1:] == found[:1] * 3
+    gradients = sum(p.numel() * 4 for p in _model().parameters())
+    _, num_bytes = found[0]["allreduce"]
+    # The gradients once; beside them the column sums of the loss (fp64, all columns) and the mean loss.
+    assert num_bytes == gradients + 2 * ROWS * 8 + 4
+    assert found[0]["allgather_base"][0] == found[0]["reduce_scatter_base"][0] == 1
+
+
+def _poisoned() -> tuple[float, bool, float, list[bool]]:
     with session(ClusterConfig(device="cpu")) as world:
         model = _model()
         step = _step(model, world)
@@ -208,11 +274,26 @@ def _poisoned() -> tuple[float, bool, float]:
             step.transform.offset.fill_(float("nan"))
         result = step(_rows(_batch(0), world.rank, world.size), 0, 1e-3)
         same = all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-        return float(result.skipped), same, float(sum(s["step"] for s in step.optimizer.state.values()))
+        num_updates = float(sum(s["step"] for s in step.optimizer.state.values()))
+        return float(result.skipped), same, num_updates, result.own.bad_rows.tolist()
 
 
 def test_a_value_that_is_not_finite_on_one_rank_leaves_all_ranks_unchanged() -> None:
-    assert run_ranks(_poisoned, 2) == [(1.0, True, 0.0)] * 2
+    rows = ROWS // 2
+    assert run_ranks(_poisoned, 2) == [(1.0, True, 0.0, [False] * rows), (1.0, True, 0.0, [True] * rows)]
+
+
+def _own_norms() -> float:
+    with session(ClusterConfig(device="cpu")) as world:
+        step = _step(_model(), world, accum=2)
+        result = step(_rows(_batch(0), world.rank, world.size), 0, 1e-3)
+        assert result.own.grad_norm is not None
+        return float(result.own.grad_norm)
+
+
+def test_each_rank_sees_the_norm_of_its_own_gradient_before_it_is_averaged() -> None:
+    first, second = run_ranks(_own_norms, 2)
+    assert 0 < first != second > 0
 
 
 def test_gradients_are_clipped_once_to_the_global_norm() -> None:

@@ -137,6 +137,8 @@ def test_a_mistake_in_the_file_names_file_key_and_cure(tmp_path: Path, content: 
         ),
         (["--train-data", "a.tar", "--caption-key", "txt", "txt"], "--caption-key names 'txt' twice"),
         (["--train-data", "a.tar", "--where", "similarity > 0.3 and f(x)"], r"--where .* character 22: 'f\(x\)'"),
+        (["--train-data", "a.tar", "--warmup", "1", "--warmup-samples", "8"], "give one of them"),
+        (["--train-data", "a.tar", "--max-rollbacks", "-1"], "--max-rollbacks must not be negative"),
     ],
 )
 def test_a_mistake_on_the_command_line_gets_one_clear_line(argv: list[str], message: str) -> None:

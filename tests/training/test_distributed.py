@@ -61,3 +61,21 @@ def test_a_world_of_one_needs_no_process_group() -> None:
     assert world.is_main and world.all_gather_object("x") == ["x"]
     with pytest.raises(ConfigError), world.collectively("x"):
         raise ConfigError("plain")
+
+
+def _gathered() -> tuple[list[str] | None, str]:
+    with session(ClusterConfig(device="cpu")) as world:
+        values = world.gather_object("x" * 10**world.rank)
+        try:
+            with world.collectively("counting"):
+                if world.rank == 1:
+                    raise ConfigError("one is missing")
+        except (ConfigError, PeerError) as error:
+            return values, str(error)
+        return values, ""
+
+
+def test_values_of_any_length_come_together_on_rank_0_and_an_error_reaches_all() -> None:
+    results = run_ranks(_gathered, 3)
+    assert results[0] == (["x", "x" * 10, "x" * 100], "counting: rank 1: one is missing")
+    assert results[1:] == [(None, "one is missing"), (None, "counting: rank 1: one is missing")]

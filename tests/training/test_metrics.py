@@ -98,3 +98,12 @@ def test_a_full_disk_names_the_file_and_closing_stays_quiet(tmp_path: Path) -> N
         log._file = Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115
         with pytest.raises(OSError, match=r"No space left on device: .*metrics\.jsonl"):
             log.write({}, step=1, epoch=0, samples_seen=1)
+
+
+def test_a_run_that_goes_back_has_each_step_once_and_in_order(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path, None) as log:
+        for step in (1, 2, 3, 2, 3):
+            if step == 2 and log.path.read_text().count("\n") == 3:
+                log.rewind(1)
+            log.write({"a": step}, step=step, epoch=0, samples_seen=step)
+    assert [record["step"] for record in read_metrics(log.path)] == [1, 2, 3]

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+import models
 from training.config import OptimConfig
-from training.optimizer import adamw_settings, build_optimizer, is_decayed
+from training.optimizer import adamw_settings, build_optimizer, describe_optimizer, is_decayed
+
+CONFIGS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs" / "models").glob("*.yaml"))
+
+# The last part of a parameter's name, or more where that is not enough -> whether it decays. First match counts.
+GROUPS = [
+    (r".*\.(bias|in_proj_bias)", False),
+    (r"logit_scale|logit_bias", False),
+    (r"(text\.|visual\.|visual\.attnpool\.)?positional_embedding", False),
+    (r"visual\.class_embedding", False),
+    (r"visual\.trunk\.(pos_embed|cls_token|reg_token)", False),
+    (r".*\b(ln_1|ln_2|ln_pre|ln_post|ln_final)\.weight", False),
+    (r".*\.bn\d\.weight|visual\.layer\d\.\d\.downsample\.1\.weight", False),
+    (r"visual\.trunk\..*\b(norm\d?|fc_norm)\.weight", False),
+    (r"visual\.trunk\.(stem\.1|stages\.\d\.downsample\.0)\.weight", False),  # norms
+    (r"visual\.trunk\.(stem\.0|stages\.\d\.downsample\.1)\.weight", True),  # convolutions
+    (r".*\.gamma", False),
+    (r".*\.(conv\d|conv_dw|proj|qkv)\.weight|visual\.layer\d\.\d\.downsample\.0\.weight", True),
+    (r".*\.in_proj_weight|.*\.out_proj\.weight|.*\.[qkvc]_proj\.weight", True),
+    (r".*\.(c_fc|fc1|fc2)\.weight", True),
+    (r"(text\.)?token_embedding\.weight", True),
+    (r"visual\.proj|(text\.)?text_projection(\.weight)?", True),
+]
 
 
 @pytest.mark.parametrize(
@@ -52,3 +78,44 @@ def test_the_fused_update_leaves_everything_alone_where_found_inf_is_one() -> No
     optimizer.found_inf = torch.tensor(0.0)
     optimizer.step()
     assert not any(torch.equal(a, b) for a, b in zip(before, layer.parameters(), strict=True))
+
+
+def _parameters(name: str) -> tuple[dict[str, nn.Parameter], set[str]]:
+    """Names and shapes of a model's parameters, without their memory; and what the model exempts."""
+    with torch.device("meta"):
+        model = models.build_model(models.load_model_config(name))
+    return dict(model.named_parameters()), model.no_weight_decay()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_parameter_of_every_model_is_in_the_group_that_the_table_says(name: str) -> None:
+    parameters, exempt = _parameters(name)
+    assert parameters
+    wrong = []
+    for key, parameter in parameters.items():
+        expected = next((decays for pattern, decays in GROUPS if re.fullmatch(pattern, key)), "in no pattern")
+        if is_decayed(key, parameter, exempt) != expected:
+            wrong.append((key, tuple(parameter.shape), expected))
+    assert wrong == []
+
+
+def test_the_parameters_without_decay_of_a_small_model() -> None:
+    parameters, exempt = _parameters("tiny-test")
+    spared = {key for key, parameter in parameters.items() if not is_decayed(key, parameter, exempt)}
+    assert {key for key in spared if "resblocks" not in key} == {
+        "logit_scale", "positional_embedding", "ln_final.weight", "ln_final.bias", "visual.class_embedding",
+        "visual.positional_embedding", "visual.ln_pre.weight", "visual.ln_pre.bias", "visual.ln_post.weight",
+        "visual.ln_post.bias",
+    }  # fmt: skip
+    inside = {key.split("resblocks.0.")[1] for key in spared if "transformer.resblocks.0." in key}
+    assert inside == {
+        "ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias", "attn.in_proj_bias", "attn.out_proj.bias",
+        "mlp.c_fc.bias", "mlp.c_proj.bias",
+    }  # fmt: skip
+
+
+def test_the_groups_are_told_in_one_line() -> None:
+    layer = nn.Linear(1000, 100)
+    line = describe_optimizer(build_optimizer(layer, OptimConfig(wd=0.1), "ViT-x", ()))
+    assert line.startswith("AdamW, betas 0.9 and 0.98, eps 1e-06; decay 0.1 on 1 tensors of 0.10 M")
+    assert "none on 1 tensors of 0.00 M" in line

@@ -57,6 +57,11 @@ def block_buffers(count: int, rows_BE: Tensor, num_columns: int) -> list[Tensor]
     return [rows_BE.new_empty(len(rows_BE) * _width(len(rows_BE), num_columns)) for _ in range(count)]
 
 
+def block_bytes(num_rows: int, num_columns: int) -> int:
+    """Of one [B, C] matrix in fp32."""
+    return 4 * num_rows * _width(num_rows, num_columns)
+
+
 def _width(num_rows: int, num_columns: int) -> int:
     return max(1, min(num_columns, BLOCK_ELEMENTS // num_rows))
 
