@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from models.errors import ConfigError
+from training.combinations import refusals
 from training.config import TrainConfig
 
 
@@ -16,7 +17,7 @@ def check_config(config: TrainConfig) -> None:
 
 def _problems(config: TrainConfig) -> Iterator[str]:
     yield from _numbers(config)
-    yield from _loss(config)
+    yield from refusals(config)
     yield from _data(config)
     yield from _schedule(config)
 
@@ -43,19 +44,6 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
             yield f"--{name} must not be negative, got {number}"
     if not 0 <= config.data.max_skip_fraction <= 1:
         yield f"--max-skip-fraction is a share between 0 and 1, got {config.data.max_skip_fraction}"
-
-
-def _loss(config: TrainConfig) -> Iterator[str]:
-    if not config.optim.gather_with_grad:
-        yield (
-            "--no-gather-with-grad is refused: without the gradient through the gathered features the loss misses "
-            "what other ranks' negatives say, and trains in a wrong direction"
-        )
-    if config.cluster.ddp_static_graph and config.optim.accum_freq > 1:
-        yield (
-            "--ddp-static-graph with --accum-freq > 1 is refused: under a static graph DDP's no_sync silently stops "
-            "synchronising gradients; leave out --ddp-static-graph"
-        )
 
 
 def _data(config: TrainConfig) -> Iterator[str]:

@@ -193,7 +193,10 @@ def open_job(setting: Setting, learner: Learner, feed: Feed, evaluator: Evaluato
             guard=NonFiniteGuard(config.optim.on_nonfinite, config.optim.max_nonfinite, world),
             reporter=reporter,
             saver=Saver(
-                checkpointer, learner.model, learner.optimizer, config, plan, world, {"wandb_run_id": wandb_id}
+                checkpointer,
+                *(learner.model, learner.optimizer, config, plan, world),
+                extra={"wandb_run_id": wandb_id},
+                loss_scale=learner.loss_scale,
             ),
             evaluate=evaluate,
             evaluate_first=evaluation_missing(setting, evaluator),
@@ -249,4 +252,5 @@ def build_step(setting: Setting, learner: Learner) -> TrainStep:
         accum_steps=config.optim.accum_freq,
         clip_grad_norm=config.optim.clip_grad_norm,
         local_loss=config.optim.local_loss,
+        loss_scale=learner.loss_scale,
     )

@@ -24,6 +24,7 @@ from training.errors import ConfigError
 from training.optimizer import build_optimizer, parameter_names
 from training.parallel import parallelize
 from training.plan import Plan
+from training.precision import LossScale, build_loss_scale
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Learner:
     model: models.CLIP
     wrapped: torch.nn.Module
     optimizer: torch.optim.AdamW
+    loss_scale: LossScale | None
 
 
 def resolve_model(config: TrainConfig) -> models.ModelConfig:
@@ -106,7 +108,15 @@ def build_learner(
     with world.collectively("loading the optimiser's state"):
         if loaded is not None:
             load_optimizer_tensors(optimizer, parameter_names(model), loaded.optimizer)
-    return Learner(model, wrapped, optimizer)
+    return Learner(model, wrapped, optimizer, _loss_scale(config, loaded, world))
+
+
+def _loss_scale(config: TrainConfig, loaded: LoadedCheckpoint | None, world: World) -> LossScale | None:
+    """As the checkpoint left it; a fresh one where it has none, as after a run in bf16."""
+    loss_scale = build_loss_scale(config.model.precision, world.device)
+    if loss_scale is not None and loaded is not None and "loss_scale" in loaded.state:
+        loss_scale.load_state_dict(loaded.state["loss_scale"])
+    return loss_scale
 
 
 def _load_pretrained(model: models.CLIP, source: str) -> None:

@@ -1,4 +1,4 @@
-"""One optimiser step: micro-batches, exact accumulation, clipping, the finite-or-skip decision.
+"""One optimiser step: micro-batches, exact accumulation, loss and gradients; `training.update` does the rest.
 
 Knows no files and no cadence. Random numbers of a step are keyed by (seed, step, rank, micro-batch): a resume
 needs no generator state, and a micro-batch can be repeated exactly.
@@ -7,34 +7,21 @@ needs no generator state, and a micro-batch can be repeated exactly.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from data import Batch
 from models.resnet import frozen_batch_statistics
 from training.distributed import World
-from training.gather import all_reduce_sum
 from training.loss import contrastive_loss
-from training.optimizer import set_learning_rate
-from training.parallel import autocast, unwrap, without_sync
+from training.parallel import unwrap, without_sync
+from training.precision import LossScale, autocast
+from training.update import StepResult, update
 
-# CLIP's bound (Radford et al. 2021, section 2.5): logits are scaled by at most 100.
-MAX_LOG_SCALE = math.log(100)
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step leaves behind, on the device: nothing here has been waited for."""
-
-    loss: Tensor  # global mean over ranks, 0-D
-    grad_norm: Tensor  # before clipping, 0-D
-    scale: Tensor  # exponential of the temperature's logarithm, 0-D
-    skipped: Tensor  # 1.0 when loss or gradient was not finite and nothing was updated, 0-D
+__all__ = ["StepResult", "TrainStep", "draw_seed"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +37,7 @@ class TrainStep:
     accum_steps: int
     clip_grad_norm: float | None
     local_loss: bool
+    loss_scale: LossScale | None = None
 
     def __call__(self, batch: Batch, step: int, rate: float) -> StepResult:
         """Update the parameters with this rank's `batch` of micro_batch x accum_steps rows."""
@@ -62,7 +50,7 @@ class TrainStep:
     def _single(self, batch: Batch, step: int) -> Tensor:
         image, text, scale = self._forward(batch, step, 0)
         loss = self._loss(image, text, scale)
-        loss.backward()
+        self._scaled(loss).backward()
         return loss.detach()
 
     def _accumulated(self, batches: list[Batch], step: int) -> Tensor:
@@ -77,7 +65,7 @@ class TrainStep:
         text = torch.cat([output[1] for output in outputs]).requires_grad_()
         scale = outputs[0][2].clone().requires_grad_()
         loss = self._loss(image, text, scale)
-        loss.backward()
+        self._scaled(loss).backward()
         image_grads, text_grads = image.grad.chunk(len(batches)), text.grad.chunk(len(batches))  # type: ignore[union-attr]
         for i, batch in enumerate(batches[:-1]):
             with without_sync(self.model):
@@ -100,24 +88,11 @@ class TrainStep:
     def _loss(self, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         return contrastive_loss(image, text, scale, local_loss=self.local_loss)
 
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss if self.loss_scale is None else loss * self.loss_scale.value
+
     def _update(self, loss: Tensor, rate: float) -> StepResult:
-        """Clip, update unless something is not finite, clamp the temperature. No host sync."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        grad_norm = get_total_norm([p.grad for p in parameters], foreach=True)
-        # Collective: the mean loss is not finite on every rank as soon as it is on one.
-        mean_loss = all_reduce_sum(loss.clone()) / self.world.size
-        skipped = 1.0 - (torch.isfinite(mean_loss) & torch.isfinite(grad_norm)).float()
-        if self.clip_grad_norm is not None:
-            clip_grads_with_norm_(parameters, self.clip_grad_norm, grad_norm, foreach=True)
-        set_learning_rate(self.optimizer, rate)
-        # The fused kernel leaves parameters and moments alone where found_inf is 1, as it does for a GradScaler.
-        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
-        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
-        self.optimizer.step()
-        log_scale = unwrap(self.model).logit_scale
-        with torch.no_grad():
-            log_scale.clamp_(0, MAX_LOG_SCALE)
-        return StepResult(mean_loss, grad_norm, log_scale.detach().exp(), skipped)
+        return update(self.model, self.optimizer, loss, rate, self.world, self.clip_grad_norm, self.loss_scale)
 
 
 def draw_seed(seed: int, step: int, rank: int, micro: int) -> int:

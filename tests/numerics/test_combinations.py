@@ -1,0 +1,261 @@
+"""The table of combinations: what it refuses says why, and what it allows trains two ranks as one process.
+
+A cell is one way of running the step. All cells of a test share one pair of ranks. The reference is the plain
+model in one process, without checkpointing, compilation or accumulation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import models
+from data import AugmentConfig, Batch, DeviceTransform
+from models.errors import ConfigError
+from tests.helpers.gloo import run_ranks
+from training.combinations import refusals
+from training.config import ClusterConfig, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from training.distributed import World, session
+from training.main import main
+from training.optimizer import build_optimizer
+from training.parallel import parallelize
+from training.precision import LossScale, build_loss_scale
+from training.rules import check_config
+from training.sharding import gathering
+from training.step import TrainStep
+
+ROWS, STEPS = 8, 3
+# Of a tensor's norm, in fp32. In sixteen bits: of the way that the tensor has gone in training.
+TOLERANCE, LOW_TOLERANCE = 3e-5, 0.25
+# AdamW divides by the gradient's size: where that is rounding alone (a key's bias), so is the direction.
+EPS = 1e-3
+
+WRAPPERS = {
+    "ddp": ClusterConfig(device="cpu"),
+    "static": ClusterConfig(device="cpu", ddp_static_graph=True),
+    "fsdp": ClusterConfig(device="cpu", fsdp=True),
+    "fsdp-keep": ClusterConfig(device="cpu", fsdp=True, fsdp_no_reshard_after_forward=True),
+    "fsdp-static": ClusterConfig(device="cpu", fsdp=True, ddp_static_graph=True),
+    "ddp-keep": ClusterConfig(device="cpu", fsdp_no_reshard_after_forward=True),
+}
+TRUNKS = {"native": None, "convnext": "test_convnext", "vit": "test_vit"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way of running the step."""
+
+    trunk: str = "native"
+    wrapper: str = "ddp"
+    checkpointing: bool = False
+    compiled: bool = False
+    accum: int = 1
+    local_loss: bool = True
+    precision: str = "fp32"
+    reduce: str = "fp32"
+
+    @property
+    def config(self) -> TrainConfig:
+        """What a user would have to write for it."""
+        cluster = dataclasses.replace(WRAPPERS[self.wrapper], torchcompile=self.compiled, grad_reduce_dtype=self.reduce)
+        return TrainConfig(
+            data=DataConfig(dataset_type="synthetic", train_num_samples=64),
+            model=ModelConfig(grad_checkpointing=self.checkpointing, precision=self.precision),
+            optim=OptimConfig(accum_freq=self.accum, local_loss=self.local_loss, eps=EPS, lr=1e-2),
+            cluster=cluster,
+        )
+
+    @property
+    def is_refused(self) -> bool:
+        return any(True for _ in refusals(self.config))
+
+
+def product(**axes: tuple) -> list[Cell]:
+    """Every cell of the axes given, the others at their defaults."""
+    return [Cell(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
+
+
+FULL = [
+    cell
+    for cell in product(
+        trunk=tuple(TRUNKS),
+        wrapper=tuple(WRAPPERS),
+        checkpointing=(False, True),
+        compiled=(False, True),
+        accum=(1, 2),
+        local_loss=(True, False),
+    )
+    # The loss is outside of the compiled blocks.
+    if cell.local_loss or not cell.compiled
+]
+LOW_PRECISION = product(
+    trunk=("native", "convnext"),
+    wrapper=("ddp", "fsdp"),
+    checkpointing=(False, True),
+    accum=(1, 2),
+    precision=("amp_bf16", "amp"),
+    reduce=("fp32", "bf16"),
+)
+QUICK = [
+    Cell(),
+    Cell(wrapper="fsdp"),
+    Cell(wrapper="fsdp", checkpointing=True, accum=2),
+    Cell(wrapper="fsdp-keep", accum=2, local_loss=False),
+    Cell(trunk="convnext", wrapper="fsdp", checkpointing=True),
+    Cell(wrapper="static", checkpointing=True),
+]
+QUICK_LOW = [
+    Cell(wrapper="fsdp", precision="amp_bf16"),
+    Cell(wrapper="fsdp", precision="amp", accum=2),
+    Cell(wrapper="ddp", precision="amp"),
+    Cell(wrapper="ddp", precision="amp_bf16", reduce="bf16"),
+    Cell(wrapper="fsdp", precision="amp_bf16", reduce="bf16", checkpointing=True),
+]
+
+
+def build(trunk: str) -> models.CLIP:
+    """A model without random draws of its own, so that it does not matter which rank sees which row."""
+    config = models.load_model_config("tiny-test")
+    if TRUNKS[trunk]:
+        timm = dataclasses.replace(models.load_model_config("tiny-test-timm").vision_cfg, timm_drop_path=None)
+        pool = "token" if trunk == "vit" else ""
+        timm = dataclasses.replace(timm, timm_model_name=TRUNKS[trunk], timm_pool=pool, timm_proj="linear")
+        config = dataclasses.replace(models.load_model_config("tiny-test-timm"), vision_cfg=timm)
+    torch.manual_seed(7)
+    return models.build_model(config)
+
+
+def batch_of(step: int, side: int) -> Batch:
+    """The global batch of one step, the same for every world size."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(1, 49405, (ROWS, 16), generator=generator)
+    tokens[:, -1] = 49407
+    images = torch.randint(0, 256, (ROWS, 3, side, side), generator=generator, dtype=torch.uint8)
+    return Batch(images=images, tokens=tokens, draws={}, keys=[str(i) for i in range(ROWS)], shards=["s"] * ROWS)
+
+
+def train(cell: Cell, world: World) -> dict[str, Tensor]:
+    """The whole weights after a few steps of `cell`, on every rank."""
+    config, model = cell.config, build(cell.trunk)
+    wrapped = parallelize(model, config.model, config.cluster, world)
+    step = TrainStep(
+        model=wrapped,
+        optimizer=build_optimizer(model, config.optim, "vit", ()),
+        transform=DeviceTransform((0.5,) * 3, (0.5,) * 3, AugmentConfig()),
+        world=world,
+        seed=0,
+        precision=cell.precision,
+        accum_steps=cell.accum,
+        clip_grad_norm=1.0,
+        local_loss=cell.local_loss,
+        loss_scale=settled_loss_scale(cell.precision, world),
+    )
+    for index in range(STEPS):
+        result = step(batch_of(index, model.visual.image_size[0]).split(world.size)[world.rank], index, 1e-2)
+        assert not bool(result.skipped)
+    with gathering(model.state_dict()) as (whole,):
+        return {name: value.clone() for name, value in whole.items()}
+
+
+def settled_loss_scale(precision: str, world: World) -> LossScale | None:
+    """One that has found its value: the search leaves updates out."""
+    loss_scale = build_loss_scale(precision, world.device)
+    if loss_scale is not None:
+        loss_scale.load_state_dict({"scale": 256.0, "calm_steps": 0.0})
+    return loss_scale
+
+
+@functools.cache
+def reference(trunk: str) -> dict[str, Tensor]:
+    """What one process makes of the same batches, in fp32."""
+    return train(Cell(trunk=trunk), World())
+
+
+def on_rank(cells: list[Cell], references: dict[str, dict[str, Tensor]], backend: str) -> list[tuple[Cell, float]]:
+    """Each cell with its largest deviation from the reference on this rank."""
+    torch.set_num_threads(1)
+    torch.compile = functools.partial(torch.compile, backend=backend)
+    with session(ClusterConfig(device="cpu")) as world:
+        return [(cell, deviation(cell, train(cell, world), references[cell.trunk])) for cell in cells]
+
+
+def deviation(cell: Cell, got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
+    """The largest over all tensors, as a share of what `TOLERANCE` or `LOW_TOLERANCE` is a share of."""
+    assert got.keys() == want.keys()
+    start = build(cell.trunk).state_dict()
+    is_low = (cell.precision, cell.reduce) != ("fp32", "fp32")
+    scales = {name: float((value - start[name] if is_low else value).norm()) for name, value in want.items()}
+    return max(float((got[name] - value).norm()) / (scales[name] or 1.0) for name, value in want.items())
+
+
+def failures(cells: list[Cell], tolerance: float, backend: str = "aot_eager", timeout_s: float = 60) -> list[str]:
+    """The cells that deviate by more than `tolerance` on a rank, with the figure."""
+    references = {trunk: reference(trunk) for trunk in {cell.trunk for cell in cells}}
+    results = run_ranks(on_rank, 2, cells, references, backend, timeout_s=timeout_s)
+    return [f"{found:.2g}: {cell}" for rank in results for cell, found in rank if not found < tolerance]
+
+
+def test_two_ranks_train_as_one_process_however_the_step_is_run() -> None:
+    assert not failures(QUICK, TOLERANCE)
+
+
+def test_sixteen_bit_arithmetic_goes_the_same_way_as_fp32() -> None:
+    assert not failures(QUICK_LOW, LOW_TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trunk", list(TRUNKS))
+def test_every_allowed_cell_trains_two_ranks_as_one_process(trunk: str) -> None:
+    cells = [cell for cell in FULL if cell.trunk == trunk and not cell.is_refused]
+    assert not failures(cells, TOLERANCE, timeout_s=300)
+
+
+@pytest.mark.slow
+def test_every_allowed_low_precision_cell_goes_the_same_way_as_fp32() -> None:
+    assert not failures([cell for cell in LOW_PRECISION if not cell.is_refused], LOW_TOLERANCE, timeout_s=300)
+
+
+@pytest.mark.slow
+def test_blocks_compiled_to_machine_code_train_as_eager_ones() -> None:
+    cells = [Cell(wrapper=wrapper, compiled=True, checkpointing=True) for wrapper in ("ddp", "fsdp")]
+    assert not failures(cells, TOLERANCE, backend="inductor", timeout_s=300)
+
+
+def refused_cells() -> Iterator[Cell]:
+    return (cell for cell in [*FULL, *LOW_PRECISION] if cell.is_refused)
+
+
+def test_every_refused_cell_is_refused_by_the_rules_with_a_reason() -> None:
+    for cell in refused_cells():
+        with pytest.raises(ConfigError, match=r"--\S+ .*(refused|needs).*: "):
+            check_config(cell.config)
+
+
+def test_the_table_refuses_what_it_must_and_no_more() -> None:
+    refused = {(cell.wrapper, cell.accum > 1) for cell in FULL if cell.is_refused}
+    assert refused == {("static", True)} | {(w, a) for w in ("fsdp-static", "ddp-keep") for a in (False, True)}
+    low = {(cell.wrapper, cell.reduce, cell.accum > 1) for cell in LOW_PRECISION if cell.is_refused}
+    assert low == {("fsdp", "bf16", True)}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "pure_bf16", "pure_fp16"])
+def test_weights_in_sixteen_bits_are_refused(precision: str) -> None:
+    with pytest.raises(ConfigError, match="no fp32 copy"):
+        check_config(Cell(precision=precision).config)
+
+
+def test_a_refused_combination_ends_the_program_before_any_work(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = ["--dataset-type", "synthetic", "--train-num-samples", "64", "--logs", str(tmp_path)]
+    assert main([*data, "--fsdp", "--ddp-static-graph"]) == 2
+    assert "--ddp-static-graph with --fsdp is refused" in caplog.text
+    assert not list(tmp_path.iterdir())
