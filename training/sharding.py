@@ -51,8 +51,9 @@ def shard(
 ) -> None:
     """Turn the parameters of `model` into shards, in place, with rank 0's values. Collective.
 
-    gather_dtype: what blocks compute with; None is the parameters' own. Blocks with a batch norm keep theirs,
-    since its kernels want parameters and running statistics in one type.
+    gather_dtype: what blocks compute with, which then wants autocast of that type around every forward pass; None
+    is the parameters' own. Blocks with a batch norm keep theirs, since its kernels want parameters and running
+    statistics in one type.
     """
     broadcast_from_main(model)
     mesh = init_device_mesh(world.device.type, (world.size,))  # Collective:

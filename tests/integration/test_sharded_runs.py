@@ -15,7 +15,7 @@ from tests.helpers.gloo import run_ranks
 from tests.helpers.shards import write_shards
 from training.main import main
 
-STOPS_AT, STEPS = 3, 6
+STOPS_AT, STEPS = 4, 6  # an epoch has three
 
 
 def on_rank(flags: list[str]) -> int:
@@ -45,6 +45,8 @@ class Runs:
             ),
             *("--epochs", "2", "--warmup", "2", "--lr", "1e-3", "--log-every-n-steps", "1", "--progress", "lines"),
             *("--train-data", shards, "--val-data", shards, "--clip-grad-norm", "1"),
+            # Where a gradient is rounding alone (a key's bias), AdamW must not make a direction of it.
+            *("--eps", "1e-3"),
         ]
 
     def run(self, name: str, ranks: int, *flags: str) -> None:
@@ -64,13 +66,13 @@ class Runs:
     def losses(self, name: str) -> list[float]:
         return [record["train/loss"] for record in self.records(name) if "train/loss" in record]
 
-    def state(self, name: str, file: str, checkpoint: str = f"step_{STOPS_AT:09d}") -> dict[str, torch.Tensor]:
-        return load_file(self.logs / name / "checkpoints" / checkpoint / file)
+    def state(self, name: str, file: str) -> dict[str, torch.Tensor]:
+        return load_file(self.logs / name / "checkpoints" / f"step_{STOPS_AT:09d}" / file)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """A whole run under DDP, and one under each wrapper that stops in the middle of its first epoch's end."""
+    """A whole run under DDP, and one under each wrapper that stops in its second epoch."""
     runs = Runs(tmp_path_factory.mktemp("sharded"))
     runs.run("whole", 2)
     runs.run("ddp", 2, "--stop-after-steps", str(STOPS_AT))
@@ -80,12 +82,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.mark.slow
 def test_a_checkpoint_has_the_same_form_whatever_wrote_it(runs: Runs) -> None:
-    checkpoint = f"epoch_{1}"
     for file in ("model.safetensors", "optimizer.safetensors"):
-        ours, theirs = runs.state("fsdp", file, checkpoint), runs.state("ddp", file, checkpoint)
-        assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
+        ours, theirs = runs.state("fsdp", file), runs.state("ddp", file)
+        assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
-            torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from training.config import ClusterConfig, ModelConfig, OptimConfig
 from training.distributed import World, session
 from training.optimizer import build_optimizer
 from training.parallel import parallelize
+from training.sharding import local
 from training.step import TrainStep
 
 ROWS = 8
@@ -40,7 +41,7 @@ def _rows(batch: Batch, rank: int, size: int) -> Batch:
 
 def _step(model: nn.Module, world: World, *, accum: int = 1, precision: str = "fp32", **cluster: bool) -> TrainStep:
     optimizer = build_optimizer(model, OptimConfig(lr=1e-3), "vit", ())
-    wrapped = parallelize(model, ModelConfig(grad_checkpointing=False), ClusterConfig(device="cpu", **cluster), world)
+    wrapped = parallelize(model, ModelConfig(precision=precision), ClusterConfig(device="cpu", **cluster), world)
     transform = DeviceTransform((0.5,) * 3, (0.5,) * 3, AugmentConfig())
     return TrainStep(wrapped, optimizer, transform, world, 0, precision, accum, 1.0, True)
 
@@ -123,20 +124,21 @@ def test_two_ranks_with_accumulation_train_as_one_and_stay_equal() -> None:
         assert torch.equal(value, results[1][0][name]), name
 
 
-def _poisoned() -> tuple[float, bool, float]:
+def _poisoned(fsdp: bool) -> tuple[float, bool, float]:
     with session(ClusterConfig(device="cpu")) as world:
         model = _model()
-        step = _step(model, world)
-        before = {key: value.clone() for key, value in model.state_dict().items()}
+        step = _step(model, world, fsdp=fsdp)
+        before = {key: local(value).clone() for key, value in model.state_dict().items()}
         if world.rank == 1:
             step.transform.offset.fill_(float("nan"))
         result = step(_rows(_batch(0), world.rank, world.size), 0, 1e-3)
-        same = all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        same = all(torch.equal(local(value), before[key]) for key, value in model.state_dict().items())
         return float(result.skipped), same, float(sum(s["step"] for s in step.optimizer.state.values()))
 
 
-def test_a_value_that_is_not_finite_on_one_rank_leaves_all_ranks_unchanged() -> None:
-    assert run_ranks(_poisoned, 2) == [(1.0, True, 0.0)] * 2
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_a_value_that_is_not_finite_on_one_rank_leaves_all_ranks_unchanged(fsdp: bool) -> None:
+    assert run_ranks(_poisoned, 2, fsdp) == [(1.0, True, 0.0)] * 2
 
 
 def test_gradients_are_clipped_once_to_the_global_norm() -> None:
