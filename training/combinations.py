@@ -40,6 +40,10 @@ REFUSED: tuple[Rule, ...] = (
         "the type that it reduces in, and bf16 loses the small ones; leave out --grad-reduce-dtype",
     ),
     (
+        lambda c: c.cluster.channels_last and c.cluster.fsdp,
+        "--channels-last with --fsdp is refused: FSDP shards contiguous parameters only; leave out one of the two",
+    ),
+    (
         lambda c: c.model.precision in _WITHOUT_MASTERS,
         "--precision bf16, fp16, pure_bf16 and pure_fp16 are refused: their weights have no fp32 copy, and most of "
         "AdamW's small updates round to nothing; amp_bf16 computes in bf16 and keeps the weights in fp32",

@@ -160,6 +160,9 @@ class ClusterConfig:
     grad_reduce_dtype: str = option(
         "fp32", "type in which ranks exchange gradients; bf16 halves the bytes", choices=("fp32", "bf16")
     )
+    channels_last: bool = option(
+        False, "image tower's convolutions in channels-last memory: pays for ResNets, costs ConvNeXts"
+    )
     torchcompile: bool = option(False, "compile the repeated blocks of both towers")
 
 

@@ -36,6 +36,9 @@ def parallelize(model: CLIP, model_config: ModelConfig, cluster: ClusterConfig, 
 
     Collective: every rank ends with rank 0's weights.
     """
+    if cluster.channels_last:
+        # Convolutions follow their weights: what goes in is converted once, at the first of them.
+        model.visual.to(memory_format=torch.channels_last)
     if model_config.grad_checkpointing:
         model.set_grad_checkpointing(True)
     if cluster.torchcompile:

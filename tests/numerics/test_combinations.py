@@ -44,6 +44,8 @@ WRAPPERS = {
     "fsdp": ClusterConfig(device="cpu", fsdp=True),
     "fsdp-keep": ClusterConfig(device="cpu", fsdp=True, fsdp_no_reshard_after_forward=True),
     "fsdp-static": ClusterConfig(device="cpu", fsdp=True, ddp_static_graph=True),
+    "ddp-nhwc": ClusterConfig(device="cpu", channels_last=True),
+    "fsdp-nhwc": ClusterConfig(device="cpu", fsdp=True, channels_last=True),
     "ddp-keep": ClusterConfig(device="cpu", fsdp_no_reshard_after_forward=True),
 }
 TRUNKS = {"native": None, "convnext": "test_convnext", "vit": "test_vit"}
@@ -74,6 +76,10 @@ class Cell:
         )
 
     @property
+    def is_low(self) -> bool:
+        return (self.precision, self.reduce) != ("fp32", "fp32")
+
+    @property
     def is_refused(self) -> bool:
         return any(True for _ in refusals(self.config))
 
@@ -93,8 +99,8 @@ FULL = [
         accum=(1, 2),
         local_loss=(True, False),
     )
-    # The loss is outside of the compiled blocks.
-    if cell.local_loss or not cell.compiled
+    # The loss is outside of the compiled blocks, and where weights lie in memory outside of both.
+    if cell.local_loss or not (cell.compiled or cell.wrapper == "ddp-nhwc")
 ]
 LOW_PRECISION = product(
     trunk=("native", "convnext"),
@@ -111,11 +117,10 @@ QUICK = [
     Cell(wrapper="fsdp-keep", accum=2, local_loss=False),
     Cell(trunk="convnext", wrapper="fsdp", checkpointing=True),
     Cell(wrapper="static", checkpointing=True),
+    Cell(trunk="convnext", wrapper="ddp-nhwc"),
 ]
 QUICK_LOW = [
-    Cell(wrapper="fsdp", precision="amp_bf16"),
     Cell(wrapper="fsdp", precision="amp", accum=2),
-    Cell(wrapper="ddp", precision="amp"),
     Cell(wrapper="ddp", precision="amp_bf16", reduce="bf16"),
     Cell(wrapper="fsdp", precision="amp_bf16", reduce="bf16", checkpointing=True),
 ]
@@ -123,8 +128,8 @@ QUICK_LOW = [
 
 def build(trunk: str) -> models.CLIP:
     """A model without random draws of its own, so that it does not matter which rank sees which row."""
-    config = models.load_model_config("tiny-test")
-    if TRUNKS[trunk]:
+    config = models.load_model_config("tiny-test-rn" if trunk == "resnet" else "tiny-test")
+    if TRUNKS.get(trunk):
         timm = dataclasses.replace(models.load_model_config("tiny-test-timm").vision_cfg, timm_drop_path=None)
         pool = "token" if trunk == "vit" else ""
         timm = dataclasses.replace(timm, timm_model_name=TRUNKS[trunk], timm_pool=pool, timm_proj="linear")
@@ -191,42 +196,53 @@ def deviation(cell: Cell, got: dict[str, Tensor], want: dict[str, Tensor]) -> fl
     """The largest over all tensors, as a share of what `TOLERANCE` or `LOW_TOLERANCE` is a share of."""
     assert got.keys() == want.keys()
     start = build(cell.trunk).state_dict()
-    is_low = (cell.precision, cell.reduce) != ("fp32", "fp32")
-    scales = {name: float((value - start[name] if is_low else value).norm()) for name, value in want.items()}
+    scales = {name: float((value - start[name] if cell.is_low else value).norm()) for name, value in want.items()}
     return max(float((got[name] - value).norm()) / (scales[name] or 1.0) for name, value in want.items())
 
 
-def failures(cells: list[Cell], tolerance: float, backend: str = "aot_eager", timeout_s: float = 60) -> list[str]:
-    """The cells that deviate by more than `tolerance` on a rank, with the figure."""
+def failures(cells: list[Cell], backend: str = "aot_eager", timeout_s: float = 60) -> list[str]:
+    """The cells that deviate by more than they may on a rank, with the figure."""
     references = {trunk: reference(trunk) for trunk in {cell.trunk for cell in cells}}
     results = run_ranks(on_rank, 2, cells, references, backend, timeout_s=timeout_s)
-    return [f"{found:.2g}: {cell}" for rank in results for cell, found in rank if not found < tolerance]
+    allowed = {cell: LOW_TOLERANCE if cell.is_low else TOLERANCE for cell in cells}
+    return [f"{found:.2g}: {cell}" for rank in results for cell, found in rank if not found < allowed[cell]]
+
+
+def resnet_on_rank(wrappers: list[str]) -> list[dict[str, Tensor]]:
+    torch.set_num_threads(1)
+    with session(ClusterConfig(device="cpu")) as world:
+        return [train(Cell(trunk="resnet", wrapper=wrapper, accum=2), world) for wrapper in wrappers]
 
 
 def test_two_ranks_train_as_one_process_however_the_step_is_run() -> None:
-    assert not failures(QUICK, TOLERANCE)
+    assert not failures([*QUICK, *QUICK_LOW])
 
 
-def test_sixteen_bit_arithmetic_goes_the_same_way_as_fp32() -> None:
-    assert not failures(QUICK_LOW, LOW_TOLERANCE)
+@pytest.mark.slow
+def test_batch_norms_follow_their_rank_alike_under_every_wrapper() -> None:
+    """They see the rows of one rank only, so there is no single process to compare with."""
+    want, *others = run_ranks(resnet_on_rank, 2, ["ddp", "fsdp", "ddp-nhwc"])[0]
+    for got in others:
+        for name, value in want.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trunk", list(TRUNKS))
 def test_every_allowed_cell_trains_two_ranks_as_one_process(trunk: str) -> None:
     cells = [cell for cell in FULL if cell.trunk == trunk and not cell.is_refused]
-    assert not failures(cells, TOLERANCE, timeout_s=300)
+    assert not failures(cells, timeout_s=400)
 
 
 @pytest.mark.slow
 def test_every_allowed_low_precision_cell_goes_the_same_way_as_fp32() -> None:
-    assert not failures([cell for cell in LOW_PRECISION if not cell.is_refused], LOW_TOLERANCE, timeout_s=300)
+    assert not failures([cell for cell in LOW_PRECISION if not cell.is_refused], timeout_s=400)
 
 
 @pytest.mark.slow
 def test_blocks_compiled_to_machine_code_train_as_eager_ones() -> None:
     cells = [Cell(wrapper=wrapper, compiled=True, checkpointing=True) for wrapper in ("ddp", "fsdp")]
-    assert not failures(cells, TOLERANCE, backend="inductor", timeout_s=300)
+    assert not failures(cells, backend="inductor", timeout_s=400)
 
 
 def refused_cells() -> Iterator[Cell]:
@@ -241,7 +257,8 @@ def test_every_refused_cell_is_refused_by_the_rules_with_a_reason() -> None:
 
 def test_the_table_refuses_what_it_must_and_no_more() -> None:
     refused = {(cell.wrapper, cell.accum > 1) for cell in FULL if cell.is_refused}
-    assert refused == {("static", True)} | {(w, a) for w in ("fsdp-static", "ddp-keep") for a in (False, True)}
+    never = ("fsdp-static", "fsdp-nhwc", "ddp-keep")
+    assert refused == {("static", True)} | {(wrapper, accum) for wrapper in never for accum in (False, True)}
     low = {(cell.wrapper, cell.reduce, cell.accum > 1) for cell in LOW_PRECISION if cell.is_refused}
     assert low == {("fsdp", "bf16", True)}
 
