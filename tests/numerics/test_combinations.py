@@ -63,6 +63,7 @@ class Cell:
     local_loss: bool = True
     precision: str = "fp32"
     reduce: str = "fp32"
+    clip: float | None = 1.0
 
     @property
     def config(self) -> TrainConfig:
@@ -159,7 +160,7 @@ def train(cell: Cell, world: World) -> dict[str, Tensor]:
         seed=0,
         precision=cell.precision,
         accum_steps=cell.accum,
-        clip_grad_norm=1.0,
+        clip_grad_norm=cell.clip,
         local_loss=cell.local_loss,
         loss_scale=settled_loss_scale(cell.precision, world),
     )
@@ -211,7 +212,7 @@ def failures(cells: list[Cell], backend: str = "aot_eager", timeout_s: float = 6
 def resnet_on_rank(wrappers: list[str]) -> list[dict[str, Tensor]]:
     torch.set_num_threads(1)
     with session(ClusterConfig(device="cpu")) as world:
-        return [train(Cell(trunk="resnet", wrapper=wrapper, accum=2), world) for wrapper in wrappers]
+        return [train(Cell(trunk="resnet", wrapper=wrapper, accum=2, clip=None), world) for wrapper in wrappers]
 
 
 def test_two_ranks_train_as_one_process_however_the_step_is_run() -> None:
@@ -219,12 +220,15 @@ def test_two_ranks_train_as_one_process_however_the_step_is_run() -> None:
 
 
 @pytest.mark.slow
-def test_batch_norms_follow_their_rank_alike_under_every_wrapper() -> None:
-    """They see the rows of one rank only, so there is no single process to compare with."""
-    want, *others = run_ranks(resnet_on_rank, 2, ["ddp", "fsdp", "ddp-nhwc"])[0]
-    for got in others:
-        for name, value in want.items():
-            torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-5)
+def test_a_model_with_batch_norms_is_trained_by_fsdp_as_by_ddp() -> None:
+    """Norms see the rows of one rank only, so there is no single process to compare with.
+
+    Not clipped: the two add up the norm in another order, and norms over two rows blow that last bit up. What is
+    left is AdamW's kernel, which rounds the elements behind the last full vector of a tensor, or shard, otherwise.
+    """
+    ddp, fsdp = run_ranks(resnet_on_rank, 2, ["ddp", "fsdp"])[0]
+    for name, value in ddp.items():
+        torch.testing.assert_close(fsdp[name], value, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.slow
