@@ -39,15 +39,15 @@ class TextLayers(nn.Module):
         """Whether what follows the pooled token cannot reach the features, so that it may be cut off."""
         return why_padding_counts(self.text_config) is None
 
-    def plan_text(self, tokens: Tensor) -> TextPlan:
+    def plan_text(self, tokens: Tensor, multiple: int = 1) -> TextPlan:
         """How to run token ids [B,L] without what follows the pooled ones. Tokens and plan are on the host.
 
-        Exact for any ids: a row without an end-of-text token is cut where it would be pooled. Raises ValueError
-        for a tower in which padding counts.
+        Exact for any ids: a row without an end-of-text token is cut where it would be pooled. The number of tokens
+        is a multiple of `multiple`. Raises ValueError for a tower in which padding counts.
         """
         if reason := why_padding_counts(self.text_config):
             raise ValueError(f"this tower needs all positions: {reason}")
-        return plan_text(self._pooled_positions(tokens) + 1, tokens.shape[1])
+        return plan_text(self._pooled_positions(tokens) + 1, tokens.shape[1], multiple=multiple)
 
     def text_features(self, tokens: Tensor, plan: TextPlan | None = None) -> Tensor:
         """Token ids [B,L] to features [B,E], not normalised; with the `plan` of these tokens, without padding.

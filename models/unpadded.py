@@ -54,10 +54,18 @@ def why_padding_counts(text: TextConfig) -> str | None:
     return None
 
 
-def plan_text(lengths: Tensor, row_length: int, max_groups: int = MAX_GROUPS, group_cost: int = GROUP_COST) -> TextPlan:
+def plan_text(
+    lengths: Tensor,
+    row_length: int,
+    max_groups: int = MAX_GROUPS,
+    group_cost: int = GROUP_COST,
+    multiple: int = 1,
+) -> TextPlan:
     """The plan for rows of `row_length` tokens, of which the first `lengths` [B] (1 or more each) are needed.
 
-    The last needed token of a row is the pooled one. A pure function: equal lengths give equal plans.
+    The last needed token of a row is the pooled one. A pure function: equal lengths give equal plans. T is filled
+    up to a multiple of `multiple` with rows of a single token that nobody pools, for towers that are compiled for
+    each T.
     """
     needed_B = lengths.numpy()
     order_B = needed_B.argsort(kind="stable")
@@ -69,6 +77,9 @@ def plan_text(lengths: Tensor, row_length: int, max_groups: int = MAX_GROUPS, gr
         index.append((rows_R[:, None] * row_length + np.arange(length)).ravel())
         pooled_B[rows_R] = begin + np.arange(rows) * length + needed_B[rows_R] - 1
         begin, first = begin + rows * length, first + rows
+    if surplus := -begin % multiple:
+        index.append(np.zeros(surplus, np.int64))
+        groups = Groups((*groups.shapes, (surplus, 1)))
     return TextPlan(torch.from_numpy(np.concatenate(index)), torch.from_numpy(pooled_B), groups)
 
 

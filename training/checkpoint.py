@@ -102,7 +102,7 @@ class Checkpointer:
         *,
         progress: Progress,
         model_state: Mapping[str, Tensor],
-        optimizer_state: OptimizerState,
+        optimizer_state: Mapping[str, Tensor],
         data_position: Any,
         config: Mapping[str, Any],
         model_config: Mapping[str, Any],
@@ -110,9 +110,9 @@ class Checkpointer:
     ) -> None:
         """Copy the state to host memory, then write `directory/name` behind the caller's back.
 
-        model_state: full weights under OpenCLIP's names, on any device. data_position, config (flat),
-        model_config, extra: what JSON can hold; `extra` joins the state (e.g. `wandb_run_id`).
-        Waits for the previous write first. The tensors may change as soon as this returns.
+        model_state: full weights under OpenCLIP's names, on any device; both states are gone through once, in order.
+        data_position, config (flat), model_config, extra: what JSON can hold; `extra` joins the state (e.g.
+        `wandb_run_id`). Waits for the previous write first. The tensors may change as soon as this returns.
         """
         if not self._world.is_main:
             return
@@ -207,14 +207,15 @@ class HostCopy:
 
     def copy(self, files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
         """The same names with copies on the host, complete on return; overwritten by the next call."""
-        copies = {
-            file: {
-                key: self._buffer(file, key, tensor).copy_(tensor.detach(), non_blocking=True)
-                for key, tensor in tensors.items()
-            }
-            for file, tensors in files.items()
-        }
-        if any(tensor.is_cuda for tensors in files.values() for tensor in tensors.values()):
+        copies: dict[str, dict[str, Tensor]] = {}
+        from_gpu = False
+        for file, tensors in files.items():
+            copies[file] = {}
+            # One at a time, and once: of a sharded model each tensor is gathered here, and exists no longer than this.
+            for key, tensor in tensors.items():
+                copies[file][key] = self._buffer(file, key, tensor).copy_(tensor.detach(), non_blocking=True)
+                from_gpu |= tensor.is_cuda
+        if from_gpu:
             # Host sync: the copies must have arrived before the optimiser goes on changing their sources.
             torch.cuda.synchronize()
         return copies
@@ -236,7 +237,7 @@ def _prepare(directory: Path) -> None:
 
 
 def _tensor_files(
-    model_state: Mapping[str, Tensor], optimizer_state: OptimizerState
+    model_state: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]
 ) -> dict[str, Mapping[str, Tensor]]:
     return {MODEL_FILE: model_state, OPTIMIZER_FILE: optimizer_state}
 

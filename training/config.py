@@ -89,8 +89,9 @@ class ModelConfig:
     )
     precision: str = option(
         "amp_bfloat16",
-        "arithmetic of the towers; parameters, normalisation, logits and loss stay fp32",
-        choices=("amp_bfloat16", "amp_bf16", "fp32"),
+        "arithmetic of the towers: bf16, fp16 with a loss scale (amp), or fp32; parameters, normalisation, logits "
+        "and loss are always fp32, so OpenCLIP's bf16, fp16, pure_bf16 and pure_fp16 are refused",
+        choices=("amp_bfloat16", "amp_bf16", "amp", "fp32", "bf16", "fp16", "pure_bf16", "pure_fp16"),
     )
     force_image_size: tuple[int, ...] = option((), "one side or two (height width), instead of the model's own")
     force_context_length: int | None = option(None, "text positions, instead of the model's own")
@@ -197,6 +198,16 @@ class ClusterConfig:
     dist_timeout_s: float = option(600.0, "seconds that a collective may take")
     rendezvous_timeout_s: float = option(120.0, "seconds in which all ranks must have come")
     ddp_static_graph: bool = option(False, "tell DDP that the graph never changes")
+    fsdp: bool = option(False, "shard parameters, gradients and optimiser over the ranks (FSDP2), block by block")
+    fsdp_no_reshard_after_forward: bool = option(
+        False, "with --fsdp, keep whole parameters until the backward pass: fewer gathers, more memory"
+    )
+    grad_reduce_dtype: str = option(
+        "fp32", "type in which ranks exchange gradients; bf16 halves the bytes", choices=("fp32", "bf16")
+    )
+    channels_last: bool = option(
+        False, "image tower's convolutions in channels-last memory: pays for ResNets, costs ConvNeXts"
+    )
     torchcompile: bool = option(False, "compile the repeated blocks of both towers")
 
 

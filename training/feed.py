@@ -14,6 +14,7 @@ from typing import Protocol
 
 from data import Batch, DataError, LoaderStats, Position, source_epochs
 from training.distributed import World
+from training.transfer import Transfer
 
 
 class Loader(Protocol):
@@ -53,6 +54,7 @@ class Feed:
         self._earlier_counts = Counter(earlier_counts or {})
         self._batches = iter(loader)
         self._world = world
+        self._transfer = Transfer(world.device)
         self._stop_requested = stop_requested
         self._position = loader.position()
         self.save_requested = False
@@ -76,7 +78,7 @@ class Feed:
             return None
         assert batch is not None
         self._position = self._loader.position()
-        return batch.to(self._world.device, non_blocking=True)
+        return self._transfer(batch)
 
     def _take(self) -> tuple[Batch | None, DataError | None]:
         try:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from training.errors import CheckpointError
+from training.sharding import copy_rows
 
 OptimizerState = dict[str, Tensor]
 
@@ -24,7 +25,7 @@ _FACTORED_SLOTS = ("row_var", "col_var")
 
 
 def optimizer_to_tensors(optimizer: Optimizer, names: Mapping[Tensor, str]) -> OptimizerState:
-    """All per-parameter state, not copied. `names` gives every parameter of the optimiser its name."""
+    """All per-parameter state, not copied; of a sharded parameter, shards. `names` gives every parameter its name."""
     tensors: OptimizerState = {}
     for parameter, _ in _parameters(optimizer):
         name = names[parameter]
@@ -98,6 +99,8 @@ def _place(slot: str, tensor: Tensor, parameter: Tensor, group: dict[str, Any]) 
     """A copy where the optimiser wants it: step counts on the host unless its kernel reads them on the device."""
     if tensor.shape == parameter.shape and tensor.ndim > 0:
         # The parameter's memory format too: the fast multi-tensor kernels want equal strides.
-        return torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+        placed = torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False)
+        copy_rows(placed, tensor)
+        return placed
     on_host = slot == "step" and not (group.get("fused") or group.get("capturable"))
     return tensor.to("cpu" if on_host else parameter.device, copy=True)

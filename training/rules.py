@@ -8,6 +8,7 @@ from data.captions import CaptionConfig
 from data.errors import DataConfigError
 from data.where import Where
 from models.errors import ConfigError
+from training.combinations import refusals
 from training.config import TrainConfig
 
 
@@ -20,7 +21,7 @@ def check_config(config: TrainConfig) -> None:
 
 def _problems(config: TrainConfig) -> Iterator[str]:
     yield from _numbers(config)
-    yield from _loss(config)
+    yield from refusals(config)
     yield from _data(config)
     yield from _schedule(config)
 
@@ -56,23 +57,6 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
             yield f"--{name.replace('_', '-')} must not be negative, got {number}"
     if not 0 <= config.data.max_skip_fraction <= 1:
         yield f"--max-skip-fraction is a share between 0 and 1, got {config.data.max_skip_fraction}"
-
-
-def _loss(config: TrainConfig) -> Iterator[str]:
-    if not config.optim.gather_with_grad:
-        yield (
-            "--no-gather-with-grad is refused: without the gradient through the gathered features the loss misses "
-            "what other ranks' negatives say, and trains in a wrong direction"
-        )
-    if config.cluster.ddp_static_graph and config.optim.accum_freq > 1:
-        yield (
-            "--ddp-static-graph with --accum-freq > 1 is refused: under a static graph DDP's no_sync silently stops "
-            "synchronising gradients; leave out --ddp-static-graph"
-        )
-    if (config.model.distill_model is None) != (config.model.distill_pretrained is None):
-        yield "--distill-model and --distill-pretrained go together: a teacher, and what it has learnt"
-    if config.optim.siglip and config.model.distill_model is not None:
-        yield "--siglip with --distill-model is refused: what is distilled are softmaxes, which a sigmoid loss has not"
 
 
 def _data(config: TrainConfig) -> Iterator[str]:

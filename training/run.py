@@ -192,7 +192,7 @@ def open_job(setting: Setting, learner: Learner, feed: Feed, evaluator: Evaluato
     ):
         reporter = Reporter(metrics, console, plan, world, config.log.log_every_n_steps)
         extra = {"wandb_run_id": wandb_id, "rollbacks": rollbacks_of(setting.loaded)}
-        saver = Saver(checkpointer, learner.model, learner.optimizer, config, plan, world, extra)
+        saver = Saver(checkpointer, learner.model, learner.optimizer, config, plan, world, extra, learner.loss_scale)
 
         def evaluate(done: int) -> bool:
             figures = evaluator.evaluate(learner.wrapped, epoch=plan.epoch_of(done), is_last=done >= plan.total_steps)

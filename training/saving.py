@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data import Position
 from training.checkpoint import Checkpointer, Progress, optimizer_to_tensors
@@ -15,6 +16,8 @@ from training.feed import Feed
 from training.optimizer import parameter_names
 from training.parallel import unwrap
 from training.plan import Plan
+from training.precision import LossScale
+from training.sharding import gathering
 
 
 class Saver:
@@ -29,14 +32,18 @@ class Saver:
         plan: Plan,
         world: World,
         extra: dict[str, Any],
+        loss_scale: LossScale | None = None,
     ):
         self._checkpointer = checkpointer
         self._model = unwrap(model)
         self._optimizer = optimizer
+        # Now: later, forward passes without a backward pass may put whole parameters in the place of shards.
+        self._names = parameter_names(self._model)
         self._config = config
         self._plan = plan
         self._world = world
         self._extra = extra
+        self._loss_scale = loss_scale
         self._last_step = -1
 
     def save(self, done: int, feed: Feed) -> None:
@@ -44,9 +51,13 @@ class Saver:
         if done == self._last_step:
             return
         positions, counts = feed.positions(), feed.counts()  # Collective:
-        with self._world.collectively("saving a checkpoint"):
+        self.finish()
+        with (
+            self._world.collectively("saving a checkpoint"),
+            gathering(self._model.state_dict(), self._optimizer_state()) as (weights, moments),  # Collective:
+        ):
             if self._world.is_main:
-                self._write(done, Position.merge(positions).to_json(), counts)
+                self._write(done, weights, moments, Position.merge(positions).to_json(), counts)
         self._last_step = done
 
     def save_again(self, done: int, feed: Feed, facts: dict[str, Any]) -> None:
@@ -66,20 +77,30 @@ class Saver:
             self._checkpointer.check()
 
     def _optimizer_state(self) -> dict[str, torch.Tensor]:
-        return optimizer_to_tensors(self._optimizer, parameter_names(self._model))
+        return optimizer_to_tensors(self._optimizer, self._names)
 
-    def _write(self, done: int, position: Any, counts: dict[str, int]) -> None:
+    def _loss_scale_state(self) -> dict[str, Any]:
+        return {} if self._loss_scale is None else {"loss_scale": self._loss_scale.state_dict()}
+
+    def _write(
+        self,
+        done: int,
+        weights: Mapping[str, Tensor],
+        moments: Mapping[str, Tensor],
+        position: Any,
+        counts: dict[str, int],
+    ) -> None:
         epoch = self._plan.epoch_of(done)
         name = f"epoch_{epoch}" if self._plan.ends_epoch(done) else f"step_{done:09d}"
         self._checkpointer.save(
             name,
             progress=Progress(step=done, epoch=epoch, samples_seen=done * self._plan.global_batch),
-            model_state=self._model.state_dict(),
-            optimizer_state=self._optimizer_state(),
+            model_state=weights,
+            optimizer_state=moments,
             data_position=position,
             config=to_flat(self._config),
             model_config=self._model.config.to_dict(),
-            extra=self._extra | {"counts": counts},
+            extra=self._extra | {"counts": counts} | self._loss_scale_state(),
         )
 
     def finish(self) -> None:

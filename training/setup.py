@@ -26,10 +26,12 @@ from training.losses.objective import build_objective
 from training.optimizer import build_optimizer, parameter_names
 from training.parallel import parallelize
 from training.plan import Plan, make_plan
+from training.precision import LossScale, build_loss_scale
 from training.schedule import describe_change
+from training.sharding import copy_rows
 from training.step import TrainStep
 from training.teacher import build_teacher
-from training.witness import Witness
+from training.witness import Witness, average, average_in_bf16
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ class Learner:
     model: models.CLIP
     wrapped: torch.nn.Module
     optimizer: torch.optim.AdamW
+    loss_scale: LossScale | None
 
 
 def resolve_model(config: TrainConfig) -> models.ModelConfig:
@@ -129,13 +132,25 @@ def build_learner(
     with world.collectively("loading the optimiser's state"):
         if loaded is not None:
             load_optimizer_tensors(optimizer, parameter_names(model), loaded.optimizer)
-    return Learner(model, wrapped, optimizer)
+    return Learner(model, wrapped, optimizer, _loss_scale(config, loaded, world))
 
 
+def _loss_scale(config: TrainConfig, loaded: LoadedCheckpoint | None, world: World) -> LossScale | None:
+    """As the checkpoint left it; a fresh one where it has none, as after a run in bf16."""
+    loss_scale = build_loss_scale(config.model.precision, world.device)
+    if loss_scale is not None and loaded is not None and "loss_scale" in loaded.state:
+        loss_scale.load_state_dict(loaded.state["loss_scale"])
+    return loss_scale
+
+
+@torch.no_grad()
 def restore(learner: Learner, loaded: LoadedCheckpoint) -> None:
-    """Put a learner that is in use back into the state of `loaded`. Every rank reads the files for itself."""
-    learner.model.load_state_dict(loaded.model)
+    """Put a learner that is in use back into the state of `loaded`. Every rank reads what it holds for itself."""
+    for name, tensor in learner.model.state_dict().items():  # Shares memory, so that shards stay where they are.
+        copy_rows(tensor, loaded.model[name])
     load_optimizer_tensors(learner.optimizer, parameter_names(learner.model), loaded.optimizer)
+    if learner.loss_scale is not None and "loss_scale" in loaded.state:
+        learner.loss_scale.load_state_dict(loaded.state["loss_scale"])
 
 
 def _load_pretrained(model: models.CLIP, source: str) -> None:
@@ -249,7 +264,9 @@ def build_step(
         objective=build_objective(config.optim, has_teacher=teacher is not None),
         teacher=build_teacher(config.model, teacher, world),
         cut_padding=cut_padding,
-        witness=Witness(learner.wrapped),
+        static_shapes=config.cluster.torchcompile,
+        loss_scale=learner.loss_scale,
+        witness=Witness(learner.wrapped, average_in_bf16 if config.cluster.grad_reduce_dtype == "bf16" else average),
     )
 
 

@@ -1,4 +1,4 @@
-"""One optimiser step: micro-batches, exact accumulation, clipping, the finite-or-skip decision.
+"""One optimiser step: micro-batches, exact accumulation, loss and gradients; `training.update` does the rest.
 
 Knows no files and no cadence. Random numbers of a step are keyed by (seed, step, rank, micro-batch): a resume
 needs no generator state, and a micro-batch can be repeated exactly.
@@ -13,39 +13,24 @@ the number of micro-batches changes nothing but rounding; batch norms, which see
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from data import Batch
 from models import TextPlan
 from models.resnet import frozen_batch_statistics
 from training.distributed import World
-from training.gather import all_reduce_sum
 from training.losses import Features, Losses, Objective
 from training.losses.objective import joined
-from training.optimizer import set_learning_rate
-from training.parallel import autocast, unwrap, without_sync
-from training.witness import Sighting, Witness
+from training.parallel import unwrap, without_sync
+from training.precision import LossScale, autocast
+from training.update import StepResult, update
+from training.witness import Witness
 
-# CLIP's bound (Radford et al. 2021, section 2.5): logits are scaled by at most 100.
-MAX_LOG_SCALE = math.log(100)
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step leaves behind, on the device: nothing here has been waited for."""
-
-    loss: Tensor  # global mean over ranks, 0-D
-    losses: Mapping[str, Tensor]  # its parts by name, global means, 0-D
-    grad_norm: Tensor  # before clipping, 0-D
-    scale: Tensor  # exponential of the temperature's logarithm, 0-D
-    skipped: Tensor  # 1.0 when loss or gradient was not finite and nothing was updated, 0-D; equal on all ranks
-    own: Sighting  # what this rank alone saw
+__all__ = ["StepResult", "TrainStep", "draw_seed"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +48,8 @@ class TrainStep:
     objective: Objective
     teacher: nn.Module | None = None  # frozen; sees the same images and tokens
     cut_padding: bool = False  # of the texts; only for towers where it counts for nothing
+    static_shapes: bool = False  # towers are compiled for few lengths
+    loss_scale: LossScale | None = None
     witness: Witness = field(default_factory=Witness)
 
     def __call__(self, batch: Batch, step: int, rate: float) -> StepResult:
@@ -124,32 +111,18 @@ class TrainStep:
         """The losses, detached, after the backward pass of their sum."""
         self.witness.features(features.image, features.text)
         losses = self.objective(features)
-        torch.stack(list(losses.values())).sum().backward()
+        total = torch.stack(list(losses.values())).sum()
+        (total if self.loss_scale is None else total * self.loss_scale.value).backward()
         return {name: loss.detach() for name, loss in losses.items()}
 
     def _text_plan(self, tokens: Tensor) -> TextPlan:
-        return unwrap(self.model).text_tower.plan_text(tokens).to(self.world.device)
+        # A token a row more or less makes another length: of those few occur.
+        multiple = len(tokens) if self.static_shapes else 1
+        return unwrap(self.model).text_tower.plan_text(tokens, multiple).to(self.world.device)
 
     def _update(self, losses: Losses, rate: float) -> StepResult:
-        """Clip, update unless something is not finite, clamp the temperature. No host sync."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        grad_norm = get_total_norm([p.grad for p in parameters], foreach=True)
-        # Collective: the mean loss is not finite on every rank as soon as it is on one.
-        means = all_reduce_sum(torch.stack(list(losses.values()))) / self.world.size
-        mean_loss = means.sum()
-        skipped = 1.0 - (torch.isfinite(mean_loss) & torch.isfinite(grad_norm)).float()
-        if self.clip_grad_norm is not None:
-            clip_grads_with_norm_(parameters, self.clip_grad_norm, grad_norm, foreach=True)
-        set_learning_rate(self.optimizer, rate)
-        # The fused kernel leaves parameters and moments alone where found_inf is 1, as it does for a GradScaler.
-        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
-        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
-        self.optimizer.step()
-        log_scale = unwrap(self.model).logit_scale
-        with torch.no_grad():
-            log_scale.clamp_(0, MAX_LOG_SCALE)
-        parts = dict(zip(losses, means, strict=True))
-        return StepResult(mean_loss, parts, grad_norm, log_scale.detach().exp(), skipped, self.witness.take())
+        own = self.witness.take()
+        return update(self.model, self.optimizer, losses, rate, own, self.world, self.clip_grad_norm, self.loss_scale)
 
 
 def draw_seed(seed: int, step: int, rank: int, micro: int) -> int:

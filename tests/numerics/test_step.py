@@ -19,6 +19,7 @@ from training.losses.objective import joined
 from training.optimizer import build_optimizer
 from training.parallel import parallelize
 from training.setup import SIGLIP_LOG_SCALE
+from training.sharding import local
 from training.step import TrainStep
 from training.witness import Witness
 
@@ -45,7 +46,7 @@ def _rows(batch: Batch, rank: int, size: int) -> Batch:
 
 def _step(model: nn.Module, world: World, *, accum: int = 1, precision: str = "fp32", **cluster: bool) -> TrainStep:
     optimizer = build_optimizer(model, OptimConfig(lr=1e-3), "vit", ())
-    wrapped = parallelize(model, ModelConfig(grad_checkpointing=False), ClusterConfig(device="cpu", **cluster), world)
+    wrapped = parallelize(model, ModelConfig(precision=precision), ClusterConfig(device="cpu", **cluster), world)
     transform = DeviceTransform((0.5,) * 3, (0.5,) * 3, AugmentConfig())
     return TrainStep(
         wrapped, optimizer, transform, world, 0, precision, accum, 1.0, Contrastive(), witness=Witness(wrapped)
@@ -265,22 +266,23 @@ def test_gradients_are_synchronised_once_a_step_whatever_the_accumulation() -> N
     assert found[0]["allgather_base"][0] == found[0]["reduce_scatter_base"][0] == 1
 
 
-def _poisoned() -> tuple[float, bool, float, list[bool]]:
+def _poisoned(fsdp: bool) -> tuple[float, bool, float, list[bool]]:
     with session(ClusterConfig(device="cpu")) as world:
         model = _model()
-        step = _step(model, world)
-        before = {key: value.clone() for key, value in model.state_dict().items()}
+        step = _step(model, world, fsdp=fsdp)
+        before = {key: local(value).clone() for key, value in model.state_dict().items()}
         if world.rank == 1:
             step.transform.offset.fill_(float("nan"))
         result = step(_rows(_batch(0), world.rank, world.size), 0, 1e-3)
-        same = all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        same = all(torch.equal(local(value), before[key]) for key, value in model.state_dict().items())
         num_updates = float(sum(s["step"] for s in step.optimizer.state.values()))
         return float(result.skipped), same, num_updates, result.own.bad_rows.tolist()
 
 
-def test_a_value_that_is_not_finite_on_one_rank_leaves_all_ranks_unchanged() -> None:
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_a_value_that_is_not_finite_on_one_rank_leaves_all_ranks_unchanged(fsdp: bool) -> None:
     rows = ROWS // 2
-    assert run_ranks(_poisoned, 2) == [(1.0, True, 0.0, [False] * rows), (1.0, True, 0.0, [True] * rows)]
+    assert run_ranks(_poisoned, 2, fsdp) == [(1.0, True, 0.0, [False] * rows), (1.0, True, 0.0, [True] * rows)]
 
 
 def _own_norms() -> float:

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.distributed import World
-from training.parallel import autocast, unwrap
+from training.parallel import unwrap
+from training.precision import autocast
+from training.sharding import reshard
 
 Tokenize = Callable[[list[str]], Tensor]
 
@@ -29,6 +31,7 @@ def evaluating(model: nn.Module, world: World) -> Iterator[None]:
                     dist.broadcast(buffer, src=0)  # Collective:
             yield
     finally:
+        reshard(model)
         model.train(was_training)
 
 
