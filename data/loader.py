@@ -44,6 +44,7 @@ from data.worker import Part, Plan, Tokenize, Worker, run_worker
 _PREFLIGHT_CHUNK_BYTES = 1 << 20
 _PREFETCH = 3  # parts that each worker may be ahead
 _REPORT_S = 2.0
+_GC_ALLOCATIONS = 50_000  # between searches of a worker for cyclic garbage
 
 
 def build_train_loader(
@@ -242,7 +243,9 @@ class _Setup:
         os.environ.clear()
         os.environ.update(self._environment)
         os.chdir(self._folder)
-        gc.freeze()  # what the fork server imported stays; searching it for garbage takes time
+        # Cycles are rare here, and what there is to search (modules, vocabulary, blocks) is large and stays.
+        gc.freeze()
+        gc.set_threshold(_GC_ALLOCATIONS)
 
 
 def _kill(process: BaseProcess) -> None:
