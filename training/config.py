@@ -206,7 +206,7 @@ class ClusterConfig:
         "fp32", "type in which ranks exchange gradients; bf16 halves the bytes", choices=("fp32", "bf16")
     )
     channels_last: bool = option(
-        False, "image tower's convolutions in channels-last memory: pays for ResNets, costs ConvNeXts"
+        False, "image tower's convolutions in channels-last memory: may pay for ResNets, slows ConvNeXts down"
     )
     torchcompile: bool = option(False, "compile the repeated blocks of both towers")
 
