@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from models.config import ModelConfig, TextConfig, VisionConfig
 from models.errors import ConfigError
 from models.resnet import ModifiedResNet
+from models.row_draws import draw_by_rows
 from models.text import TextLayers, TextTower
 from models.unpadded import TextPlan
 from models.vision import VisionTransformer
@@ -47,6 +48,7 @@ class CLIP(TextLayers):
             self.text = TextTower(config.text_cfg, config.embed_dim, config.quick_gelu)
         else:
             self.add_text_layers(config.text_cfg, config.embed_dim, config.quick_gelu)
+        self.row_draws = draw_by_rows(self)
 
     def forward(
         self, image: Tensor | None = None, text: Tensor | None = None, text_plan: TextPlan | None = None

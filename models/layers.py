@@ -60,29 +60,6 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-class PatchDropout(nn.Module):
-    """Keeps a random subset of patches in training, always with the class token (Li et al. 2022, FLIP).
-
-    The same number for every image, so shapes stay static; the draw happens on the tensor's own device,
-    so it waits for nothing.
-    """
-
-    def __init__(self, dropped_share: float) -> None:
-        super().__init__()
-        self.dropped_share = dropped_share
-
-    def forward(self, x_BND: Tensor) -> Tensor:
-        if not self.training or self.dropped_share == 0.0:
-            return x_BND
-        batch, num_tokens, width = x_BND.shape
-        num_patches = num_tokens - 1
-        num_kept = max(1, int(num_patches * (1 - self.dropped_share)))
-        kept_BK = torch.rand(batch, num_patches, device=x_BND.device).topk(num_kept, dim=1).indices + 1
-        class_B1 = kept_BK.new_zeros(batch, 1)
-        index = torch.cat([class_B1, kept_BK], dim=1).unsqueeze(-1).expand(-1, -1, width)
-        return x_BND.gather(1, index)
-
-
 class Attention(nn.Module):
     """Self-attention with one stacked projection for query, key and value."""
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from models.config import VisionConfig, pair
-from models.layers import LayerNorm, PatchDropout, ResidualAttentionBlock, Transformer, activation_factory
+from models.layers import LayerNorm, ResidualAttentionBlock, Transformer, activation_factory
+from models.row_draws import PatchDropout
 
 
 class VisionTransformer(nn.Module):

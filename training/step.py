@@ -1,13 +1,12 @@
 """One optimiser step: micro-batches, exact accumulation, loss and gradients; `training.update` does the rest.
 
-Knows no files and no cadence. Random numbers of a step are keyed by (seed, step, rank, micro-batch): a resume
-needs no generator state, and a micro-batch can be repeated exactly.
+Knows no files and no cadence. Random numbers are functions of keys: a resume needs no generator state, and a
+micro-batch can be repeated exactly. Masks of the towers are keyed by (seed, step, row), see `models.row_draws`.
 
-What accumulation promises: the gradient of the loss of all rows at once, under the draws of each micro-batch. With
-another number of micro-batches dropout, patch dropout, stochastic depth and erasing noise draw anew, as they do with
-another number of ranks. Draws by row would need a generator for each row, or k times the numbers on the device, and
-could not reach into compiled blocks, to replace one random mask by another that is no better. Where nothing is drawn
-the number of micro-batches changes nothing but rounding; batch norms, which see a micro-batch at a time, excepted.
+What accumulation promises: the gradient of the loss of all rows at once, whatever the number of micro-batches, with
+dropout, patch dropout and stochastic depth on. Two things see a micro-batch at a time: batch norms, and the noise in
+erased boxes, which is keyed by (seed, step, rank, micro-batch): as many numbers as a picture has values are not worth
+hashing one by one.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from data import Batch
 from models import TextPlan
 from models.resnet import frozen_batch_statistics
+from models.row_draws import row_keys
 from training.distributed import World
 from training.losses import Features, Losses, Objective
 from training.losses.objective import joined
@@ -97,6 +97,7 @@ class TrainStep:
     ) -> Features:
         """Features of one micro-batch, the teacher's too if `taught`, with the random draws that belong to it."""
         torch.manual_seed(draw_seed(self.seed, step, self.world.rank, micro))
+        self._set_row_keys(step, micro, len(batch))
         images = self.transform(batch.images, batch.draws)
         # Equal tokens give equal plans, so both passes over a micro-batch run alike.
         plan = self._text_plan(batch.host_tokens) if self.cut_padding else None
@@ -114,6 +115,12 @@ class TrainStep:
         total = torch.stack(list(losses.values())).sum()
         (total if self.loss_scale is None else total * self.loss_scale.value).backward()
         return {name: loss.detach() for name, loss in losses.items()}
+
+    def _set_row_keys(self, step: int, micro: int, rows: int) -> None:
+        """Rows are numbered through all ranks and micro-batches of a step: how it is cut leaves no trace."""
+        first = (self.world.rank * self.accum_steps + micro) * rows
+        seed = draw_seed(self.seed, step, -1, -1)
+        unwrap(self.model).row_draws.keys = row_keys(seed, first, rows, self.world.device)
 
     def _text_plan(self, tokens: Tensor) -> TextPlan:
         # A token a row more or less makes another length: of those few occur.

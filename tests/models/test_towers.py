@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models import CLIP, ModelConfig, TextConfig, VisionConfig, config_with, create_model, load_model_config
 from models.config import PreprocessConfig
-from models.layers import PatchDropout
+from models.row_draws import PatchDropout
 from tests.models.conftest import FAMILIES
 
 Build = Callable[[str | ModelConfig], CLIP]

@@ -117,6 +117,19 @@ def test_accumulation_gives_the_gradient_of_one_loss_under_the_draws_of_each_mic
 
 
 @pytest.mark.parametrize("kind", ["patches", "depth"])
+def test_with_dropping_on_gradients_are_the_same_for_any_number_of_micro_batches(kind: str) -> None:
+    """Masks belong to rows: dropout, patch dropout and stochastic depth drop the same however the batch is cut."""
+    found = {}
+    for accum in (1, 2, 4, 8):
+        model = _random_model(kind)
+        _step(model, World(), accum=accum)(_batch(0, side=model.visual.image_size[0]), 0, 0.0)
+        found[accum] = {name: p.grad.clone() for name, p in model.named_parameters()}
+    assert "logit_scale" in found[1]
+    for accum in (2, 4, 8):
+        _assert_close(found[accum], found[1], 2e-5)
+
+
+@pytest.mark.parametrize("kind", ["patches", "depth"])
 def test_the_draws_of_a_micro_batch_are_really_random_and_really_repeated(kind: str) -> None:
     """Else the test above would pass on towers that draw nothing."""
     model = _random_model(kind).train()
