@@ -31,18 +31,23 @@ def row_keys(seed: int, first: int, count: int, device: torch.device) -> Tensor:
     return mixed((rows + 1) * _GAMMA + seed)
 
 
+def layer_salt(layer: int) -> int:
+    """What tells layer number `layer` from the others, 62 bits."""
+    return layer * _SECOND % (1 << 62)
+
+
 class RowDraws:
     """What the layers of one model share: the keys of the rows that run, int64 [B], or None."""
 
     def __init__(self) -> None:
         self.keys: Tensor | None = None
 
-    def uniform(self, layer: int, rows: int, count: int, device: torch.device) -> Tensor:
-        """fp32 [rows, count] in [0, 1) for layer number `layer`."""
+    def uniform(self, salt: int | Tensor, rows: int, count: int, device: torch.device) -> Tensor:
+        """fp32 [rows, count] in [0, 1) for the layer of this `salt` (see `layer_salt`)."""
         if self.keys is None or len(self.keys) != rows:
             return torch.rand(rows, count, device=device)
         numbers = torch.arange(1, count + 1, dtype=torch.int64, device=device) * _GAMMA
-        words_B1 = mixed(self.keys + layer * _SECOND % (1 << 62))[:, None]
+        words_B1 = mixed(self.keys + salt)[:, None]
         return _shifted(mixed(words_B1 + numbers), 64 - _UNIT_BITS).float() * 2.0**-_UNIT_BITS
 
 
@@ -52,30 +57,35 @@ class RowDropout(nn.Module):
     def __init__(self, share: float, draws: RowDraws, layer: int):
         super().__init__()
         self.share = share
-        self._draws, self._layer = draws, layer
+        self._draws, self._salt = draws, layer_salt(layer)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
         if self._draws.keys is None or x.ndim < 2:
             return F.dropout(x, self.share)
-        drawn = self._draws.uniform(self._layer, len(x), x[0].numel(), x.device).view(x.shape)
+        drawn = self._draws.uniform(self._salt, len(x), x[0].numel(), x.device).view(x.shape)
         return torch.where(drawn >= self.share, x * (1 / (1 - self.share)), torch.zeros_like(x))
 
 
 class RowDropPath(nn.Module):
     """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): a branch [B, ...] is left out for some rows."""
 
+    share: Tensor
+    salt: Tensor
+
     def __init__(self, share: float, draws: RowDraws, layer: int):
         super().__init__()
-        self.share = share
-        self._draws, self._layer = draws, layer
+        # Tensors, not numbers: blocks that differ in a number are compiled one by one, and these stand in every block.
+        self.register_buffer("share", torch.tensor(share), persistent=False)
+        self.register_buffer("salt", torch.tensor(layer_salt(layer)), persistent=False)
+        self._draws = draws
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        kept_B = self._draws.uniform(self._layer, len(x), 1, x.device) >= self.share
-        return x * (kept_B.to(x.dtype) / (1 - self.share)).view(-1, *[1] * (x.ndim - 1))
+        kept_B = self._draws.uniform(self.salt, len(x), 1, x.device) >= self.share
+        return x * (kept_B / (1 - self.share)).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
 class PatchDropout(nn.Module):
@@ -89,7 +99,7 @@ class PatchDropout(nn.Module):
         super().__init__()
         self.dropped_share = dropped_share
         self.num_prefix_tokens = num_prefix_tokens
-        self._draws, self._layer = RowDraws(), 0
+        self._draws, self._salt = RowDraws(), 0
 
     def forward(self, x_BND: Tensor) -> Tensor:
         if not self.training or self.dropped_share == 0.0:
@@ -97,7 +107,7 @@ class PatchDropout(nn.Module):
         batch, num_tokens, width = x_BND.shape
         num_patches = num_tokens - self.num_prefix_tokens
         num_kept = max(1, int(num_patches * (1 - self.dropped_share)))
-        noise_BP = self._draws.uniform(self._layer, batch, num_patches, x_BND.device)
+        noise_BP = self._draws.uniform(self._salt, batch, num_patches, x_BND.device)
         kept_BK = noise_BP.topk(num_kept, dim=1).indices + self.num_prefix_tokens
         prefix = torch.arange(self.num_prefix_tokens, device=x_BND.device).expand(batch, -1)
         index = torch.cat([prefix, kept_BK], dim=1).unsqueeze(-1).expand(-1, -1, width)
@@ -125,7 +135,7 @@ def _by_rows(module: nn.Module, draws: RowDraws, layer: int) -> nn.Module | None
     if kind == "PatchDropout" and module.prob > 0:  # type: ignore[operator]
         module = PatchDropout(module.prob, module.num_prefix_tokens)  # type: ignore[arg-type]
     if isinstance(module, PatchDropout):
-        module._draws, module._layer = draws, layer
+        module._draws, module._salt = draws, layer_salt(layer)
         return module
     return None
 

@@ -27,7 +27,7 @@ _SYNC_BUFFERS = (
     else "broadcast_buffers"
 )
 
-_GRAPHS = 64
+_GRAPHS = 256
 
 
 def parallelize(model: CLIP, model_config: ModelConfig, cluster: ClusterConfig, world: World) -> nn.Module:
