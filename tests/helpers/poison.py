@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import training.run
 from data import Batch
-from training.distributed import World
 from training.main import main
 from training.step import StepResult, TrainStep
 
@@ -69,9 +68,9 @@ def poisoned_run(flags: list[str], bad_rank: int, batches: set[int], kind: str) 
     report = Report()
     build_step, build_learner = training.run.build_step, training.run.build_learner
 
-    def poisoned_step(setting: Any, learner: Any) -> Any:
-        world: World = setting.world
-        return PoisonedStep(build_step(setting, learner), batches if world.rank == bad_rank else set(), kind, report)
+    def poisoned_step(*args: Any) -> Any:
+        step = build_step(*args)
+        return PoisonedStep(step, batches if step.world.rank == bad_rank else set(), kind, report)
 
     def kept_learner(*args: Any) -> Any:
         learner = build_learner(*args)

@@ -274,8 +274,8 @@ def test_gradients_are_synchronised_once_a_step_whatever_the_accumulation() -> N
     assert found[1:] == found[:1] * 3
     gradients = sum(p.numel() * 4 for p in _model().parameters())
     _, num_bytes = found[0]["allreduce"]
-    # The gradients once; beside them the column sums of the loss (fp64, all columns) and the mean loss.
-    assert num_bytes == gradients + 2 * ROWS * 8 + 4
+    # The gradients once; beside them two sums (fp64) for each column of the loss, and the mean loss.
+    assert num_bytes == gradients + 2 * (2 * ROWS) * 8 + 4
     assert found[0]["allgather_base"][0] == found[0]["reduce_scatter_base"][0] == 1
 
 
