@@ -42,6 +42,7 @@ SIDES = ("clipyard", "open_clip")
 PEAKS = {"A100": 312.0, "H100": 989.0, "H200": 989.0}
 # Shortest and longest caption drawn, in tokens with both ends: alt-texts average about 17.
 CAPTION_LENGTHS = (8, 27)
+_COUNTED_TEXTS = 64
 RATE = 5e-4
 
 
@@ -180,16 +181,20 @@ def peak_alone(side: str, args: argparse.Namespace, device: torch.device) -> flo
 
 
 def useful_flops(config: models.ModelConfig) -> float:
-    """Floating-point operations of one sample's step, padding counted, recomputation not.
+    """Floating-point operations of one sample's step; padding that cannot reach a feature and recomputation are not.
 
     Three times the forward pass: the backward pass has two products for each of its one (Chowdhery et al. 2022,
-    PaLM, appendix B). Attention is counted by its plain formula whatever kernel runs it.
+    PaLM, appendix B). Attention is counted by its plain formula whatever kernel runs it; a text is the mean of many.
     """
     model = models.build_model(config)
-    batch = draw_batch(config, 1)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(batch.images.float(), batch.tokens)
-    return 3.0 * counter.get_total_flops()
+    batch = draw_batch(config, _COUNTED_TEXTS)
+    plan = model.text_tower.plan_text(batch.tokens) if model.text_tower.ignores_padding else None
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as image:
+            model(batch.images[:1].float())
+        with FlopCounterMode(display=False) as texts:
+            model(text=batch.tokens, text_plan=plan)
+    return 3.0 * (image.get_total_flops() + texts.get_total_flops() / _COUNTED_TEXTS)
 
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
