@@ -143,6 +143,8 @@ def _note(url: str, read: _Read, preparer: Preparer, report: PreflightReport) ->
     report.record_fields |= read.record_fields
     if read.error is not None:
         report.failed[mask_url(url)] = _explain(read.error)
+    elif not read.samples and not read.filtered:
+        report.empty.append(mask_url(url))
     return [caption for raw in read.samples for caption in _look_at(raw, preparer, report)]
 
 

@@ -17,6 +17,7 @@ class PreflightReport:
 
     shards: list[str] = field(default_factory=list)  # probed, masked for logs
     failed: dict[str, str] = field(default_factory=dict)  # probed shard -> why it cannot be read
+    empty: list[str] = field(default_factory=list)  # probed shards without a sample
     keys: list[str] = field(default_factory=list)
     fields: Counter[str] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
@@ -56,6 +57,7 @@ class PreflightReport:
     def __str__(self) -> str:
         lines = [f"preflight: {self.valid} of {self.seen} samples valid in {len(self.shards)} shards"]
         lines += [f"  {shard}: {reason}" for shard, reason in self.failed.items()]
+        lines += [f"  {shard}: holds no sample" for shard in self.empty]
         if self.is_filtered:
             lines.append(f"  --where keeps {self.seen} of {self.num_read} samples read")
         if self.skipped:

@@ -38,6 +38,14 @@ def test_check_shards_names_what_is_missing(tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().err.startswith("error: --train-data")
 
 
+def test_check_shards_looks_at_as_many_as_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_shards(tmp_path, [9, 0, 9, 9])
+    assert check_shards.main([str(tmp_path), "--num-shards", "100", "--num-samples", "100"]) == 0
+    out = capsys.readouterr().out
+    assert "27 of 27 samples valid in 4 shards" in out
+    assert "shard-00001.tar: holds no sample" in out
+
+
 def test_index_shards_writes_the_counts_beside_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_shards(tmp_path / "a", [4, 2])
     write_shards(tmp_path / "b", [3])
