@@ -149,7 +149,8 @@ class TrainLoader:
 
     def _end_workers(self) -> None:
         for process in self._processes:
-            _kill(process)
+            if process.is_alive():  # The number of one that is gone may be somebody else's by now.
+                _kill(process)
         for process in self._processes:
             process.join()
         self._processes = []

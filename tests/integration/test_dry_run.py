@@ -35,7 +35,7 @@ def test_rank_0_of_a_large_world_is_built_and_steps_on_one_process_and_nothing_i
     loss, rest = _told(r"the loss may take ([\d.,]+) MiB", text), _told(r"for a moment ([\d.,]+) MiB", text)
     assert 24 <= loss <= rest
     # One synchronisation: the gradients once, and beside them the sums of the loss.
-    assert _told(r"allreduce \d x, ([\d.,]+) MiB", text) == pytest.approx(weights + 0.5, abs=0.3)
+    assert _told(r"allreduce \d x, ([\d.,]+) MiB", text) == pytest.approx(weights + 1.0, abs=0.3)
     assert "nothing refused" in text
     assert list(tmp_path.iterdir()) == []
 
