@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from data.rows import CsvConfig
     from data.samples import RawSample, SampleError, SampleId
     from data.shard_index import ShardIndex, build_index, index_url
-    from data.sizes import count_samples, total_samples
+    from data.sizes import count_samples, shard_name, sizes_url, total_samples
     from data.stats import LoaderStats, source_epochs
     from data.storage import ByteStream, open_stream, probe
     from data.synthetic import synthetic_shards
@@ -55,7 +55,7 @@ _HOMES = {
     "rows": ("CsvConfig",),
     "samples": ("RawSample", "SampleError", "SampleId"),
     "shard_index": ("ShardIndex", "build_index", "index_url"),
-    "sizes": ("count_samples", "total_samples"),
+    "sizes": ("count_samples", "shard_name", "sizes_url", "total_samples"),
     "stats": ("LoaderStats", "source_epochs"),
     "storage": ("ByteStream", "open_stream", "probe"),
     "synthetic": ("synthetic_shards",),
@@ -117,6 +117,8 @@ __all__ = [
     "read_pairs",
     "read_samples",
     "run_preflight",
+    "shard_name",
+    "sizes_url",
     "source_epochs",
     "sources_of",
     "synthetic_shards",

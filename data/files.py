@@ -5,10 +5,10 @@ Writing is for scripts: in loader processes nothing is written, and fsspec's cli
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
-import tempfile
 from typing import Any, BinaryIO
 
 from data.errors import StorageError
@@ -43,10 +43,7 @@ def write_file(url: str, content: bytes) -> None:
     """Puts `content` at `url`, whole or not at all. Raises StorageError."""
     try:
         if is_local(url):
-            path = local_path(url)
-            with tempfile.NamedTemporaryFile(dir=os.path.dirname(path) or ".", delete=False) as file:
-                file.write(content)
-            os.replace(file.name, path)
+            _replace(local_path(url), content)
         else:
             import fsspec
 
@@ -54,6 +51,21 @@ def write_file(url: str, content: bytes) -> None:
                 file.write(content)
     except Exception as error:  # each file system has its own classes for a refusal
         raise StorageError(mask_url(url), f"cannot be written: {error}") from error
+
+
+def _replace(path: str, content: bytes) -> None:
+    """Not `tempfile`: its files are for their owner alone, and what is written here is read by a whole cluster."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 class _Raw(io.RawIOBase):

@@ -55,12 +55,20 @@ def total_samples(sources: Sequence[Source]) -> int | None:
     return sum(lengths) if whole and all(_is_count(length) for length in lengths) else None
 
 
+def sizes_url(url: str) -> str:
+    """Where the counts of shard `url` and of those beside it lie: `sizes.json` in its folder."""
+    return _join(_split(url)[0], "sizes.json")
+
+
+def shard_name(url: str) -> str:
+    """What `sizes.json` calls shard `url`."""
+    return _split(url)[1]
+
+
 def _from_sizes_json(urls: Sequence[str]) -> dict[str, int]:
-    folders: dict[str, Any] = {folder: None for folder in sorted({_split(url)[0] for url in urls})}
-    for folder in folders:
-        sizes = _read_json(_join(folder, "sizes.json"))
-        folders[folder] = sizes if isinstance(sizes, dict) else {}
-    found = {url: folders[_split(url)[0]].get(_split(url)[1]) for url in urls}
+    contents = {path: _read_json(path) for path in sorted({sizes_url(url) for url in urls})}
+    sizes = {path: content if isinstance(content, dict) else {} for path, content in contents.items()}
+    found: dict[str, Any] = {url: sizes[sizes_url(url)].get(shard_name(url)) for url in urls}
     return {url: count for url, count in found.items() if _is_count(count)}
 
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.cached import SimpleCacheFileSystem
+from s3fs import S3FileSystem
 
 from data.background import PER_PROCESS
 from data.batch import Position
@@ -63,9 +65,16 @@ def running(s3_server: S3Server) -> Iterator[FaultyProxy]:
 def proxy(running: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
     running.reset()
     monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
-    PER_PROCESS.drop_all("s3")
+    _forget_clients()
     yield running
+    _forget_clients()
+
+
+def _forget_clients() -> None:
+    """Ours and fsspec's: both keep the address that the environment named when they were made."""
     PER_PROCESS.drop_all("s3")
+    for system in (S3FileSystem, SimpleCacheFileSystem):
+        system.clear_instance_cache()
 
 
 def config_of(form: str, **changes: object) -> LoaderConfig:

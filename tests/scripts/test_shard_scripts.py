@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from data import count_samples, expand_sources
+from data import StorageError, count_samples, expand_sources
 from scripts import check_shards, index_shards, make_demo_shards
 from tests.helpers.s3 import S3Server
 from tests.helpers.shards import cut_tar, write_shards
@@ -77,6 +79,49 @@ def test_index_shards_refuses_a_broken_tar_and_the_output_of_a_command(
     assert index_shards.main(["pipe:cat {0..1}.tar"]) == 2
     assert "name the object" in capsys.readouterr().err
     assert not (tmp_path / "sizes.json").exists()
+
+
+def test_index_shards_takes_a_mixture_and_writes_for_everybody(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_shards(tmp_path / name, [3])
+    mixture = tmp_path / "mix.yaml"
+    entries = [{"name": name, "shards": f"{tmp_path}/{name}", "proportion": 1} for name in ("a", "b")]
+    mixture.write_text(json.dumps(entries))
+    earlier = os.umask(0o022)
+    try:
+        assert index_shards.main([str(mixture)]) == 0
+    finally:
+        os.umask(earlier)
+    written = sorted(path for path in tmp_path.rglob("*.json"))
+    assert [path.name for path in written] == ["shard-00000_index.json", "sizes.json"] * 2
+    assert {path.stat().st_mode & 0o777 for path in written} == {0o644}
+
+
+def test_index_shards_does_not_replace_what_it_could_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shards(tmp_path, [3], sizes_json=True)
+
+    def away(url: str) -> bytes:
+        raise StorageError(url, "no answer", "unreachable")
+
+    monkeypatch.setattr(index_shards, "read_file", away)
+    assert index_shards.main([str(tmp_path), "--overwrite"]) == 1
+    assert "no answer" in capsys.readouterr().err
+
+
+def test_an_index_that_cannot_be_written_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shards(tmp_path, [3])
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert index_shards.main([str(tmp_path)]) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["shard-00000.tar"]
 
 
 def test_index_shards_works_in_a_bucket(
