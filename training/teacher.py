@@ -24,7 +24,10 @@ def resolve_teacher(section: ModelConfig, student: models.ModelConfig) -> models
     """The teacher's configuration, if there is one. Raises ConfigError when it cannot read the student's batches."""
     if section.distill_model is None:
         return None
-    teacher = models.load_model_config(section.distill_model)
+    try:
+        teacher = models.load_model_config(section.distill_model)
+    except ConfigError as error:
+        raise ConfigError(f"--distill-model: {error}") from error
     for problem in _differences(teacher, student):
         raise ConfigError(f"--distill-model {section.distill_model}: {problem}")
     return teacher

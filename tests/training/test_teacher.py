@@ -47,6 +47,11 @@ def test_a_teacher_that_would_read_the_batches_otherwise_is_refused(student: mod
         resolve_teacher(ModelConfig(distill_model="tiny-test", distill_pretrained="x"), student)
 
 
+def test_an_unknown_teacher_is_named_with_its_flag() -> None:
+    with pytest.raises(ConfigError, match="--distill-model: unknown model 'nope'"):
+        resolve_teacher(ModelConfig(distill_model="nope", distill_pretrained="x"), STUDENT)
+
+
 def test_a_teacher_has_its_weights_and_nothing_to_train(tmp_path: Path) -> None:
     section = _weights(tmp_path / "teacher.safetensors")
     teacher = build_teacher(section, resolve_teacher(section, STUDENT), World())
