@@ -67,6 +67,10 @@ def shard(
         )
     # The backward pass begins with these parameters: freeing them in between would gain nothing.
     fully_shard(model, mesh=mesh, mp_policy=own, reshard_after_forward=False, ignored_params=whole)
+    if world.backend == "gloo":
+        # Where it is asked for a mean, gloo gives the sum, without a word, under torch 2.8.
+        for module in _sharded_modules(model):
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def broadcast_from_main(model: nn.Module) -> None:
@@ -92,9 +96,12 @@ def without_reduction(model: FSDPModule) -> Iterator[None]:
 
 def reshard(model: nn.Module) -> None:
     """Shards again, where forward passes without a backward pass have left whole parameters. Not collective."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for module in _sharded_modules(model):
+        module.reshard()
+
+
+def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def is_sharded(tensor: Tensor) -> bool:
