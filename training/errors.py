@@ -29,10 +29,21 @@ class CheckpointWriteError(CheckpointError):
     exit_code = EXIT_FAILED
 
 
+class FolderError(ConfigError):
+    """The run's folder cannot be written now: a full disk, a file system that is read-only or gone."""
+
+    exit_code = EXIT_FAILED
+
+
 class NonFiniteError(RuntimeError):
     """Loss or gradient was not finite more often than allowed."""
 
     exit_code = EXIT_FAILED
+
+
+def describe_os_error(error: OSError) -> str:
+    """`FILE: reason`, without the number."""
+    return ": ".join(str(part) for part in (error.filename, error.strerror or str(error)) if part)
 
 
 # What ends a run with one line and no traceback.
@@ -48,7 +59,9 @@ __all__ = [
     "ConfigError",
     "DataConfigError",
     "DataError",
+    "FolderError",
     "NonFiniteError",
     "PeerError",
     "UserError",
+    "describe_os_error",
 ]
