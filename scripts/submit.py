@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from training.errors import ConfigError
 from training.submission.queue import QueueError
@@ -24,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Submits, or prints the script with --print. Returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)
-    args = _parser().parse_args(words[:cut])
     try:
+        args = _parser().parse_args(words[:cut])
         submission = prepare(_request(args, words, words[cut + 1 :]), os.environ, Path.cwd())
         if args.print:
             print(submission.text, end="")
@@ -37,8 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        hint = "; flags of training.main stand behind --" if "unrecognized" in message else ""
+        raise ConfigError(f"{message}{hint}")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m scripts.submit",
         usage="%(prog)s TEMPLATE --name NAME [options] -- FLAGS OF training.main",
         description=__doc__.split("\n", 1)[1],

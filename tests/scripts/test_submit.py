@@ -87,6 +87,7 @@ def test_a_run_is_submitted_from_a_copy_of_the_code(desk: Desk, capsys: pytest.C
 def test_what_was_submitted_is_kept_beside_the_run(desk: Desk) -> None:
     assert _submit("--", *DATA) == 0
     (folder,) = (desk.run / "submissions").iterdir()
+    assert {path.name for path in folder.iterdir()} - {"changes.diff"} == {"submit.sbatch", "config.yaml", "commit.txt"}
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     assert (settings["model"], settings["logs"], settings["name"]) == ("ViT-H-14", str(desk.logs), "b32")
     (code,) = (desk.run / "code").iterdir()
@@ -132,9 +133,9 @@ def test_a_file_of_settings_wins_over_the_template_and_is_kept(desk: Desk) -> No
     script = desk.script()
     assert "--batch-size" not in script
     assert f"    --train-data '{desk.folder}/shards/{{0..9}}.tar' \\" in script
-    (copy,) = desk.run.glob("submissions/*/config/mine.yaml")
+    (copy,) = desk.run.glob("submissions/files/*/mine.yaml")
     assert f"    --config {copy} \\" in script
-    settings = yaml.safe_load((copy.parents[1] / "config.yaml").read_text())
+    (settings,) = map(yaml.safe_load, (path.read_text() for path in desk.run.glob("submissions/*/config.yaml")))
     assert (settings["batch_size"], settings["train_num_samples"]) == (7, 70)
 
 
@@ -142,6 +143,20 @@ def test_a_file_of_the_checkout_is_read_from_the_copy(desk: Desk) -> None:
     model = ROOT / "configs/models/ViT-B-32.yaml"
     assert _submit("--", *DATA, "--model", str(model)) == 0
     assert "    --model configs/models/ViT-B-32.yaml \\" in desk.script()
+
+
+def test_a_model_file_is_the_same_setting_until_its_content_changes(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = desk.folder / "mine.yaml"
+    model.write_text((ROOT / "configs/models/ViT-B-32.yaml").read_text())
+    assert _submit("--", *DATA, "--model", "mine.yaml") == 0
+    (settings,) = desk.run.glob("submissions/*/config.yaml")
+    (desk.run / "config.yaml").write_text(settings.read_text())
+    assert _submit("--", *DATA, "--model", "mine.yaml") == 0
+    model.write_text(model.read_text() + "# another\n")
+    assert _submit("--", *DATA, "--model", "mine.yaml") == 2
+    assert "the run exists with other settings (model '" in capsys.readouterr().err
 
 
 def test_the_environment_of_python_is_found_from_anywhere(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,6 +221,15 @@ def test_a_run_with_other_settings_is_not_gone_on_with_unasked(desk: Desk, capsy
     [
         (("8xv100", "--name", "b32"), "no template '8xv100': take one of chained,"),
         (("8xh100", "--", *DATA), "--name is missing: it names the folder"),
+        (
+            ("8xh100", "--name", "b32", "--lr", "1"),
+            "unrecognized arguments: --lr 1; flags of training.main stand behind",
+        ),
+        (("8xh100", "--name", "b32", "--chain", "0", "--", *DATA), "--chain: must be at least 1"),
+        (
+            ("8xh100", "--name", "b32", "--sbatch-arg=--export=ALL,HF_TOKEN=geheim", "--", *DATA),
+            "a credential would be written into the script (#SBATCH --export=ALL,HF_TOKEN=***); export it instead",
+        ),
         (("8xh100", "--name", "a/b", "--", *DATA), "--name 'a/b' is not a plain folder name"),
         (("8xh100", "--name", "b32"), "TRAIN_DATA: must name the shards (export it"),
         (("8xh100", "--name", "b32", "--", *DATA, "--lerning-rate", "1"), "unknown flag --lerning-rate"),

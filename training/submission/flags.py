@@ -104,13 +104,15 @@ def written(flag: Flag) -> tuple[str, dict[str, str]]:
     """The flag as shell text, and the variables it refers to: credentials are not written down."""
     parts, variables = [], {}
     for number, word in enumerate(flag.words):
-        if not is_secret(word):
-            parts.append(shlex.quote(word))
-            continue
-        head, value = word.split("=", 1) if number == 0 else ("", word)
-        name = flag.setting.upper() + (f"_{number}" if number > 1 else "")
-        variables[name] = value
-        parts.append(f'{head}{head and "="}"${{{name}:?{_SECRET_ABSENT}}}"')
+        head, sign, value = word.partition("=") if number == 0 else ("", "", word)
+        if number == 0 and not sign:
+            parts.append(head)
+        elif is_secret(value):
+            name = flag.setting.upper() + (f"_{number}" if number > 1 else "")
+            variables[name] = value
+            parts.append(f'{head}{sign}"${{{name}:?{_SECRET_ABSENT}}}"')
+        else:
+            parts.append(f"{head}{sign}{shlex.quote(value)}")
     return " ".join(parts), variables
 
 

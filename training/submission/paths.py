@@ -60,7 +60,7 @@ def local_folders(config: TrainConfig) -> list[str]:
 
 
 def _path(path: str | None, cwd: Path) -> str | None:
-    if not path or not is_local(path) or os.path.isabs(local_path(path)):
+    if not path or not is_local(path) or os.path.isabs(path):
         return path
     return str(cwd / local_path(path))
 

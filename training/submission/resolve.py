@@ -5,7 +5,9 @@ Knows nothing of Slurm. Reads files of settings and writes none.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import yaml
 from data.urls import is_local
 from models import load_model_config
 from training.cli import given_settings, parse_args
-from training.config import TrainConfig, to_flat
+from training.config import TrainConfig, from_flat, to_flat
 from training.errors import ConfigError
 from training.secrets import mask_secrets
 from training.submission.flags import CONFIG, Flag, expand, flag, group, is_secret, merge, put, words_of
@@ -22,6 +24,7 @@ from training.submission.paths import FILES, absolute_settings
 from training.submission.snapshot import Code
 from training.submission.template import Template
 
+_IN_FILES = {CONFIG, "model", "distill_model", "train_data", "val_data"}  # settings that may name a file of settings
 _OF_EACH_START = {"name", "logs", "resume"}  # the same run under another path is no other run
 
 
@@ -93,20 +96,36 @@ def plain_settings(config: TrainConfig) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in masked.items()}
 
 
-def keep_files(flags: Sequence[Flag], code: Code, folder: Path) -> tuple[list[Flag], dict[Path, Path], tuple[str, ...]]:
-    """The flags with files of settings in the code or in `folder`, where nobody edits them; what to copy; remarks."""
-    kept, copies, notes = [], dict[Path, Path](), []
-    for each in flags:
-        value = each.values[0] if len(each.values) == 1 else ""
-        path = Path(value)
-        if not (value.endswith(FILES) and is_local(value) and path.is_absolute() and path.is_file()):
-            kept.append(each)
-        elif path.is_relative_to(code.root) and (inside := path.relative_to(code.root).as_posix()) in code.files:
-            kept.append(flag(each.setting, inside))
-        elif is_secret(path.read_text(errors="replace")):
+@dataclass(frozen=True)
+class Kept:
+    """Flags that name files where nobody edits them; what is to be copied from where to where; remarks."""
+
+    flags: list[Flag]
+    copies: dict[Path, Path]
+    notes: tuple[str, ...]
+
+    def settings(self, config: TrainConfig) -> TrainConfig:
+        """`config` with the files' new places, as the job will read it."""
+        moved = {each.setting: each.values[0] for each in self.flags if _names_file(each)}
+        return from_flat(to_flat(config) | {name: value for name, value in moved.items() if name != CONFIG})
+
+
+def keep_files(flags: Sequence[Flag], code: Code, folder: Path) -> Kept:
+    """Files of settings are read from the copy of the code, or copied into `folder` under their content's digest."""
+    kept, copies, notes = list(flags), dict[Path, Path](), []
+    for i, each in enumerate(flags):
+        path = Path(each.values[0]) if _names_file(each) else Path()
+        if not (path.is_absolute() and path.is_file()):
+            continue
+        if path.is_relative_to(code.root) and (inside := path.relative_to(code.root).as_posix()) in code.files:
+            kept[i] = flag(each.setting, inside)
+        elif is_secret((content := path.read_bytes()).decode(errors="replace")):
             notes.append(f"{path} holds a credential: not copied, read where it is at every start")
-            kept.append(each)
         else:
-            copies[path] = folder / each.setting / path.name
-            kept.append(flag(each.setting, str(copies[path])))
-    return kept, copies, tuple(notes)
+            copies[path] = folder / hashlib.sha256(content).hexdigest()[:8] / path.name
+            kept[i] = flag(each.setting, str(copies[path]))
+    return Kept(kept, copies, tuple(notes))
+
+
+def _names_file(each: Flag) -> bool:
+    return each.setting in _IN_FILES and each.values[0].endswith(FILES) and is_local(each.values[0])

@@ -1,7 +1,7 @@
 """The story of a submission: check the flags, write the script, keep the code, hand it to Slurm.
 
 All that can be wrong is found before anything is written or queued. The folder of the run then holds
-`code/<digest>/` (where the job runs), `submissions/<time>/` (script, settings, commit) and `slurm-<job>.out`.
+`code/<digest>/` (where the job runs), `submissions/<time>/` (script, settings, commit), and `slurm-<job>.out`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import yaml
 
 from training.config import TrainConfig
 from training.errors import ConfigError
+from training.secrets import mask_text
 from training.submission.flags import is_secret, written
 from training.submission.paths import local_folders
 from training.submission.queue import cancel, jobs_in, sbatch
@@ -87,27 +88,29 @@ def prepare(request: Request, env: Mapping[str, str], cwd: Path, root: Path = RO
     template = read_template(request.template, root / "slurm")
     flags, config = resolve_flags(request.flags, template, env, cwd)
     run = Path(config.run.logs) / str(config.run.name)
+    code = survey(root, without=Path(config.run.logs))
+    kept = keep_files(flags, code, run / "submissions" / "files")
+    config = kept.settings(config)
     if not request.allow_changes:
         refuse_other_settings(run, config)
-    code = survey(root, without=Path(config.run.logs))
-    folder = _unused(run / "submissions" / datetime.now().strftime("%Y%m%d-%H%M%S"))
-    flags, files, notes = keep_files(flags, code, folder)
-    lines, secrets = zip(*map(written, flags), strict=True)
+    lines, secrets = zip(*map(written, kept.flags), strict=True)
     options = {"job-name": str(config.run.name), **dict(request.options)}
     options |= {"chdir": str(run / "code" / code.digest), "output": f"{run}/slurm-%j.out"}
     chosen = with_options(template, options, request.sbatch_args)
     chosen = as_link(chosen) if request.chain else chosen
+    variables = job_variables(request, config, code, env, cwd)
+    text = script(chosen, heading(request, template.name, code), variables, lines)
+    refuse_secrets(text)
     return Submission(
         run=run,
-        folder=folder,
-        text=script(
-            chosen, heading(request, template.name, code), job_variables(request, config, code, env, cwd), lines
-        ),
+        folder=_unused(run / "submissions" / datetime.now().strftime("%Y%m%d-%H%M%S")),
+        text=text,
         config=config,
         code=code,
         secrets={name: value for each in secrets for name, value in each.items()},
-        files=files,
-        notes=notes + tuple(f"{name} holds a credential: left out of the copy of the code" for name in code.left_out),
+        files=kept.copies,
+        notes=kept.notes
+        + tuple(f"{name} holds a credential: left out of the copy of the code" for name in code.left_out),
         links=max(1, request.chain),
         waits=chosen.option("dependency") is not None,
     )
@@ -150,6 +153,13 @@ def heading(request: Request, template: str, code: Code) -> list[str]:
     ]
 
 
+def refuse_secrets(text: str) -> None:
+    """ConfigError when a credential stands in the script, from the template or an option: flags have none by now."""
+    for line in text.splitlines():
+        if (masked := mask_text(line)) != line:
+            raise ConfigError(f"a credential would be written into the script ({masked.strip()}); export it instead")
+
+
 def submit(submission: Submission, env: Mapping[str, str]) -> Submitted:
     """Writes code and script into the folder of the run, and queues the jobs. Raises ConfigError, QueueError."""
     if not shutil.which("sbatch", path=env.get("PATH")):
@@ -180,7 +190,7 @@ def write(submission: Submission) -> None:
     folder, code = submission.folder, submission.code
     folder.mkdir(parents=True)
     for source, copy in submission.files.items():
-        copy.parent.mkdir()
+        copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, copy)
     (folder / "config.yaml").write_text(yaml.safe_dump(plain_settings(submission.config), sort_keys=False))
     (folder / "commit.txt").write_text(f"{code.commit}\ncode/{code.digest}, {len(code.files)} files\n")

@@ -105,14 +105,14 @@ def with_options(template: Template, options: Mapping[str, str], further: Sequen
 
 
 def as_link(template: Template) -> Template:
-    """The template as one job of a chain: it waits for its predecessor and is never requeued."""
+    """The template as one job of a chain: it waits for those of its name before it, and is never requeued."""
     kept = [line for line in template.directives if line not in ("--requeue", "--no-requeue")]
     ending = tuple(re.sub(r"^finish ", "finish_link ", line) for line in template.ending)
     if not any(line.startswith("finish_link ") for line in ending):
         raise ConfigError(f"{template.name}: --chain needs a template that ends with: finish $?")
-    return with_options(
-        replace(template, directives=(*kept, "--no-requeue"), ending=ending), {"dependency": "singleton"}
-    )
+    others = [each for each in (template.option("dependency") or "").split(",") if each not in ("", "singleton")]
+    link = replace(template, directives=(*kept, "--no-requeue"), ending=ending)
+    return with_options(link, {"dependency": ",".join(["singleton", *others])})
 
 
 def script(template: Template, heading: Sequence[str], variables: Mapping[str, str], flags: Sequence[str]) -> str:

@@ -72,4 +72,5 @@ def test_plain_values_are_written_as_they_are() -> None:
         "--aug-cfg use_timm=True 'scale=(0.5, 1.0)'",
         {},
     )
+    assert written(Flag("train_data", ("--train-data=a {b}",)))[0] == "--train-data='a {b}'"
     assert not is_secret("pipe:aws s3 cp s3://bucket/{00..99}.tar -")

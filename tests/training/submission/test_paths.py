@@ -32,6 +32,7 @@ def _changed(cwd: Path, *flags: str) -> dict[str, tuple[str, ...]]:
         (("--model", "my/model.json"), "model", ("/here/my/model.json",)),
         (("--zeroshot-data", "a=sets/a", "b=/b"), "zeroshot_data", ("a=/here/sets/a", "b=/b")),
         (("--imagenet-val", "val"), "imagenet_val", ("/here/val",)),
+        (("--logs", "~/runs"), "logs", (str(Path.home() / "runs"),)),
     ],
 )
 def test_a_relative_path_counts_from_where_the_user_is(

@@ -88,6 +88,8 @@ def test_a_link_of_a_chain_waits_and_is_never_requeued() -> None:
     assert "--requeue" not in link.directives
     assert {"--no-requeue", "--dependency=singleton"} <= set(link.directives)
     assert link.ending == ("finish_link $?",)
+    late = as_link(with_options(parse_template("small", SMALL), {"dependency": "afterany:5"}))
+    assert late.option("dependency") == "singleton,afterany:5"
     chained = read_template("chained", ROOT / "slurm")
     assert as_link(chained).ending == chained.ending
 
