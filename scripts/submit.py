@@ -101,12 +101,13 @@ def _request(args: argparse.Namespace, command: Sequence[str], flags: Sequence[s
 def _report(submission: Submission, done: Submitted) -> None:
     for note in submission.notes:
         print(f"note: {note}")
-    jobs, last = " ".join(done.jobs), submission.run / f"slurm-{done.jobs[0]}.out"
+    first, jobs = done.jobs[0], " ".join(done.jobs)
+    follows = "go on in the next job" if submission.links > 1 else "requeue"
     print(f"code: {done.code} ({len(submission.code.files)} files{'' if done.copied else ', there already'})")
     print(f"script: {submission.script}")
     print(f"submitted: job {jobs}")
-    print(f"watch: squeue -j {','.join(done.jobs)}; tail -F {last}")
-    print(f"save and requeue: scancel --signal=USR2 {done.jobs[0]}; end: scancel {jobs}")
+    print(f"watch: squeue -j {','.join(done.jobs)}; tail -F {submission.run / f'slurm-{first}.out'}")
+    print(f"save and {follows}: scancel --signal=USR2 {first}; end: scancel {jobs}")
 
 
 def _positive(word: str) -> int:

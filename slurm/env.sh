@@ -82,11 +82,12 @@ fruitless() {
 }
 
 # again CODE WHOSE: whether another start makes sense, and says why or why not. A node lost at night is worth another
-# start, a crash that comes back at once is not.
+# start, a crash that comes back at once is not. A preempted run has saved every step it made: with no new checkpoint
+# it made none.
 again() {
     local count limit name
     count=$(fruitless "$1" "$2")
-    if [ "$1" = 75 ]; then limit="${MAX_RESTARTS:-20}" name=MAX_RESTARTS; else limit="${RETRIES:-3}" name=RETRIES; fi
+    if [ "$1" = 75 ]; then limit="${MAX_RESTARTS:-10}" name=MAX_RESTARTS; else limit="${RETRIES:-3}" name=RETRIES; fi
     if [ "$count" -gt "$limit" ]; then
         echo "exit code $1: no new checkpoint in $count starts in a row, $name=$limit: giving up; see $RUN_FOLDER/train.log"
         [ -z "$RUN_FOLDER" ] || echo "$(date +%FT%T) job=$SLURM_JOB_ID given-up" 2>/dev/null >>"$HISTORY"
@@ -101,7 +102,7 @@ finish() {
     case "$1" in 0 | 2) exit "$1" ;; esac
     if again "$1" "job=$SLURM_JOB_ID "; then
         echo ": requeue of job $SLURM_JOB_ID"
-        scontrol requeue "$SLURM_JOB_ID" || echo "no requeue here: submit again, or use slurm/chained.sbatch"
+        scontrol requeue "$SLURM_JOB_ID" || echo "no requeue here: submit again, or as a chain (scripts.submit --chain, slurm/chained.sbatch)"
     fi
     exit "$1"
 }

@@ -153,7 +153,7 @@ def test_a_site_without_requeue_is_told_what_else_there_is(tmp_path: Path) -> No
     site.write_text(f'PATH="{commands}:$PATH"\n')
     code, output, _ = _run_script(TEMPLATE, tmp_path, SRUN_EXIT="75", CLIPYARD_SITE=str(site))
     assert code == 75
-    assert "no requeue here: submit again, or use slurm/chained.sbatch" in output
+    assert "no requeue here: submit again, or as a chain" in output
 
 
 def test_ranks_run_in_the_container_that_is_exported(tmp_path: Path) -> None:
