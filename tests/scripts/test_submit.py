@@ -149,7 +149,7 @@ def test_a_model_file_is_the_same_setting_until_its_content_changes(
     desk: Desk, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = desk.folder / "mine.yaml"
-    model.write_text((ROOT / "configs/models/ViT-B-32.yaml").read_text())
+    model.write_text("# with the tokenizer of old\n" + (ROOT / "configs/models/ViT-B-32.yaml").read_text())
     assert _submit("--", *DATA, "--model", "mine.yaml") == 0
     (settings,) = desk.run.glob("submissions/*/config.yaml")
     (desk.run / "config.yaml").write_text(settings.read_text())
@@ -157,6 +157,14 @@ def test_a_model_file_is_the_same_setting_until_its_content_changes(
     model.write_text(model.read_text() + "# another\n")
     assert _submit("--", *DATA, "--model", "mine.yaml") == 2
     assert "the run exists with other settings (model '" in capsys.readouterr().err
+
+
+def test_a_file_with_a_credential_stays_where_it_is(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    (desk.folder / "mine.yaml").write_text("train_data: https://me:geheim@host/0.tar\ntrain_num_samples: 8\n")
+    assert _submit("--", "--config", "mine.yaml") == 0
+    assert f"note: {desk.folder}/mine.yaml holds a credential: not copied" in capsys.readouterr().out
+    assert f"    --config {desk.folder}/mine.yaml \\" in desk.script()
+    assert not list(desk.run.glob("submissions/files/*"))
 
 
 def test_the_environment_of_python_is_found_from_anywhere(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +211,9 @@ def test_a_second_job_of_a_run_has_to_wait(desk: Desk, capsys: pytest.CaptureFix
     assert _submit("--", *DATA) == 2
     assert "error: job 42 of this run is still queued or running" in capsys.readouterr().err
     assert not desk.calls
+    assert _submit("--dependency", "afterok:40", "--", *DATA) == 2
     assert _submit("--dependency", "afterany:42", "--", *DATA) == 0
+    assert _submit("--chain", "2", "--", *DATA) == 0
 
 
 def test_a_run_with_other_settings_is_not_gone_on_with_unasked(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:

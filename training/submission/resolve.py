@@ -18,8 +18,8 @@ from models import load_model_config
 from training.cli import given_settings, parse_args
 from training.config import TrainConfig, from_flat, to_flat
 from training.errors import ConfigError
-from training.secrets import mask_secrets
-from training.submission.flags import CONFIG, Flag, expand, flag, group, is_secret, merge, put, words_of
+from training.secrets import mask_secrets, mask_text
+from training.submission.flags import CONFIG, Flag, expand, flag, group, merge, put, words_of
 from training.submission.paths import FILES, absolute_settings
 from training.submission.snapshot import Code
 from training.submission.template import Template
@@ -119,7 +119,7 @@ def keep_files(flags: Sequence[Flag], code: Code, folder: Path) -> Kept:
             continue
         if path.is_relative_to(code.root) and (inside := path.relative_to(code.root).as_posix()) in code.files:
             kept[i] = flag(each.setting, inside)
-        elif is_secret((content := path.read_bytes()).decode(errors="replace")):
+        elif (text := (content := path.read_bytes()).decode(errors="replace")) != mask_text(text):
             notes.append(f"{path} holds a credential: not copied, read where it is at every start")
         else:
             copies[path] = folder / hashlib.sha256(content).hexdigest()[:8] / path.name

@@ -7,6 +7,7 @@ All that can be wrong is found before anything is written or queued. The folder 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -54,7 +55,8 @@ class Request:
 class Submission:
     """A checked request: the script, and where everything will be.
 
-    secrets: variables that go to the job by its environment; files: what is copied from where to where.
+    secrets: variables that go to the job by its environment; files: what is copied from where to where;
+    dependency: what the jobs wait for, in sbatch's words.
     """
 
     run: Path
@@ -66,7 +68,7 @@ class Submission:
     files: Mapping[Path, Path]
     notes: tuple[str, ...]
     links: int
-    waits: bool
+    dependency: str
 
     @property
     def script(self) -> Path:
@@ -112,7 +114,7 @@ def prepare(request: Request, env: Mapping[str, str], cwd: Path, root: Path = RO
         notes=kept.notes
         + tuple(f"{name} holds a credential: left out of the copy of the code" for name in code.left_out),
         links=max(1, request.chain),
-        waits=chosen.option("dependency") is not None,
+        dependency=chosen.option("dependency") or "",
     )
 
 
@@ -164,11 +166,7 @@ def submit(submission: Submission, env: Mapping[str, str]) -> Submitted:
     """Writes code and script into the folder of the run, and queues the jobs. Raises ConfigError, QueueError."""
     if not shutil.which("sbatch", path=env.get("PATH")):
         raise ConfigError("no sbatch here: submit on a node with Slurm's commands; --print shows the script")
-    if not submission.waits and (others := jobs_in(submission.run, env)):
-        raise ConfigError(
-            f"job {', '.join(others)} of this run is still queued or running, and two would write into one folder: "
-            f"scancel {' '.join(others)}, or let the new one wait with --dependency afterany:{others[-1]}"
-        )
+    refuse_two_at_once(submission, env)
     try:
         code, copied = snapshot(submission.code, submission.run / "code")
         write(submission)
@@ -183,6 +181,18 @@ def submit(submission: Submission, env: Mapping[str, str]) -> Submitted:
             cancel(job, env)
         raise
     return Submitted(tuple(jobs), code, copied)
+
+
+def refuse_two_at_once(submission: Submission, env: Mapping[str, str]) -> None:
+    """ConfigError when the run has a job that the new one would not wait for."""
+    if "singleton" in submission.dependency:
+        return
+    awaited = re.findall(r"\d+", submission.dependency)
+    if others := [job for job in jobs_in(submission.run, env) if job not in awaited]:
+        raise ConfigError(
+            f"job {', '.join(others)} of this run is still queued or running, and two would write into one folder: "
+            f"scancel {' '.join(others)}, or let the new one wait with --dependency afterany:{':'.join(others)}"
+        )
 
 
 def write(submission: Submission) -> None:
