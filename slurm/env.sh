@@ -32,15 +32,7 @@ HISTORY="$RUN_FOLDER/slurm.log"
 # Loader workers do not start in this folder; an installed checkout must not be imported instead.
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
-CONTAINER=()
-if [ -n "${CONTAINER_IMAGE:-}" ]; then
-    mkdir -p "$(dirname "$RUN_FOLDER")"
-    mounts="$PWD:$PWD,$(dirname "$RUN_FOLDER"):$(dirname "$RUN_FOLDER")${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
-    # pyxis lets the image's variables win over the job's, but for those that are named.
-    kept="$(compgen -e | grep -E '^(NCCL|TORCH|FI|UCX|OMP)_|^(MASTER_ADDR|MASTER_PORT|PYTHONPATH)$' | paste -sd, -)"
-    CONTAINER=(--container-image="$CONTAINER_IMAGE" --container-mounts="$mounts" --container-workdir="$PWD"
-        --container-env="$kept")
-elif [ -x "${CLIPYARD_VENV:-.venv}/bin/python" ]; then
+if [ -z "${CONTAINER_IMAGE:-}" ] && [ -x "${CLIPYARD_VENV:-.venv}/bin/python" ]; then
     PATH="$(cd "${CLIPYARD_VENV:-.venv}/bin" && pwd):$PATH"
     export PATH
 fi
@@ -58,6 +50,24 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 if [ -z "${CLIPYARD_END_TIME:-}" ]; then
     end=$(squeue -h -j "${SLURM_JOB_ID:-0}" -o %e 2>/dev/null) || end=
     case "$end" in [0-9]*) CLIPYARD_END_TIME=$(date -d "$end" +%s) && export CLIPYARD_END_TIME ;; esac
+fi
+# Ranks that hang are ended two minutes before the job is: a job that meets its time limit is never requeued.
+minutes=$(((${CLIPYARD_END_TIME:-0} - $(date +%s) - 120) / 60))
+if [ "$minutes" -ge 1 ]; then export SLURM_TIMELIMIT="${SLURM_TIMELIMIT:-$minutes}"; fi
+
+# In a container Python is the image's. The ranks see the code and the runs where they are outside.
+CONTAINER=()
+if [ -n "${CONTAINER_IMAGE:-}" ]; then
+    mounts="$PWD:$PWD"
+    if [ -n "$RUN_FOLDER" ]; then
+        runs="$(dirname "$RUN_FOLDER")"
+        mkdir -p "$runs"
+        mounts+=",$runs:$runs"
+    fi
+    # pyxis lets the image's variables win over the job's, but for those that are named.
+    kept="$(compgen -e | grep -E '^(NCCL|TORCH|FI|UCX|OMP)_|^(MASTER_ADDR|MASTER_PORT|PYTHONPATH)$' | paste -sd, -)"
+    CONTAINER=(--container-image="$CONTAINER_IMAGE" --container-mounts="$mounts${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
+        --container-workdir="$PWD" --container-env="$kept")
 fi
 
 # USR2 is for the ranks; a batch script that gets it too must live to see their exit code.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -79,9 +80,22 @@ def test_a_job_tells_its_ranks_cores_and_end(tmp_path: Path) -> None:
     assert "MASTER_ADDR" not in seen["env"]
 
 
+@pytest.mark.parametrize(("seconds", "minutes"), [(3600, "58"), (180, "1"), (100, None), (-90, None)])
+def test_ranks_that_hang_are_ended_before_the_job_is(tmp_path: Path, seconds: int, minutes: str | None) -> None:
+    end = str(int(time.time()) + seconds + 30)  # some of which may pass before the job looks
+    _, _, seen = _run_script(TEMPLATE, tmp_path, CLIPYARD_END_TIME=end)
+    assert seen["env"].get("SLURM_TIMELIMIT") == minutes
+
+
 def test_what_the_user_exported_is_kept(tmp_path: Path) -> None:
     exported = {"CLIPYARD_END_TIME": "5", "SRUN_CPUS_PER_TASK": "3", "OMP_NUM_THREADS": "7"}
-    exported |= {"SLURM_WAIT": "11", "SLURM_KILL_BAD_EXIT": "1", "MASTER_ADDR": "here", "MASTER_PORT": "13"}
+    exported |= {
+        "SLURM_WAIT": "11",
+        "SLURM_KILL_BAD_EXIT": "1",
+        "MASTER_ADDR": "here",
+        "MASTER_PORT": "13",
+        "SLURM_TIMELIMIT": "9",
+    }
     _, _, seen = _run_script(TEMPLATES[0], tmp_path, **exported)
     assert {name: seen["env"][name] for name in exported} == exported
 

@@ -198,3 +198,17 @@ def test_ranks_that_save_at_different_times_end_as_preempted(runs: Runs, tmp_pat
     options = (*SMALL_NODES, f"--chdir={ROOT}", f"--output={output}")
     job_id = runs.cluster.submit(script, *options, env=runs.env)
     assert runs.cluster.wait_end(job_id)["ExitCode"] == "75:0", output.read_text()
+
+
+@pytest.mark.torture
+def test_a_job_whose_ranks_hang_into_its_time_limit_is_requeued(runs: Runs, tmp_path: Path) -> None:
+    script = tmp_path / "job.sbatch"
+    ranks = "trap : TERM USR2; for _ in {1..200}; do sleep 6; done"
+    script.write_text(
+        f"#!/bin/bash\nNAME=hung LOGS={tmp_path}\nsource slurm/env.sh\nsrun bash -c '{ranks}'\nfinish $?\n"
+    )
+    options = (*SMALL_NODES[:-1], "--time=4", "--requeue", f"--chdir={ROOT}", f"--output={tmp_path / 'out'}")
+    job_id = runs.cluster.submit(script, *options, env=runs.env)
+    poll(lambda: runs.cluster.job(job_id)["Restarts"] == "1", 400, "a requeue before the time limit")
+    runs.cluster.run("scancel", job_id)
+    assert "exit code 137, without a new checkpoint (1 of 3): requeue" in (tmp_path / "out").read_text()
