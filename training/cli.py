@@ -76,17 +76,20 @@ def _unwrap(hint: Any) -> tuple[type, bool, bool]:
 
 def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
     """Read the command line (and the file it names). Raises ConfigError; `--help` prints and exits with 0."""
+    config = from_flat(given_settings(argv))
+    check_config(config)
+    return config
+
+
+def given_settings(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """What the command line and the file it names set, decoded, not yet held against each other. Raises ConfigError."""
     known = settings()
-    parser = _build_parser(known)
-    namespace, unknown = parser.parse_known_args(argv)
+    namespace, unknown = _build_parser(known).parse_known_args(argv)
     if unknown:
         raise ConfigError(_unknown_flag(unknown[0], known))
     given = vars(namespace)
     path = given.pop("config", None)
-    values = read_yaml(Path(path), known) if path else {}
-    config = from_flat(values | given)
-    check_config(config)
-    return config
+    return (read_yaml(Path(path), known) if path else {}) | given
 
 
 class _Parser(argparse.ArgumentParser):

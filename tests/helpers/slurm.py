@@ -50,7 +50,8 @@ StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
-KillWait=5
+KillWait=30
+KillOnBadExit=1
 MinJobAge=3600
 NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={port0} {node}
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} {node}
