@@ -18,6 +18,7 @@ from training.distributed import World
 from training.errors import CheckpointError, NonFiniteError
 from training.feed import Feed
 from training.guard import RollbackDue
+from training.nodes import on_every_node
 from training.plan import Plan
 from training.report import Reporter
 from training.saving import Saver
@@ -49,7 +50,9 @@ class Rollback:
     def __call__(self, due: RollbackDue) -> int:
         """Raises NonFiniteError, on all ranks alike, when the limit is reached or there is nothing to go back to."""
         self.saver.finish()
-        folder = self.world.on_main(lambda: self._choose(due), "--on-nonfinite rollback")
+        # Checksums of large files take their time.
+        folder = self.world.on_main_at_length(lambda: self._choose(due), "--on-nonfinite rollback")
+        folder = on_every_node(self.world, folder, self.directory.parent, None)
         with self.world.collectively(f"going back to {folder}"):
             loaded = load_checkpoint(folder)
             restore(self.learner, loaded)
