@@ -103,9 +103,10 @@ class Rollback:
         """Checkpoints of the future that is given up go away: the newest must be the one that the run goes on from."""
         with self.world.collectively("--on-nonfinite rollback"):
             if self.world.is_main:
+                discard(self._beyond(step * self.plan.global_batch))
+                # Order matters: what is still here counts as wanted there.
                 if self.uploader is not None:
                     self.uploader.rewind(step * self.plan.global_batch)
-                discard(self._beyond(step * self.plan.global_batch))
         self.saver.save_again(step, self.feed, {"rollbacks": self.num_done})
 
     def _beyond(self, samples: int) -> list[Path]:
