@@ -35,6 +35,12 @@ class FolderError(ConfigError):
     exit_code = EXIT_FAILED
 
 
+class RemoteError(CheckpointError):
+    """The remote of --remote-sync did not do what it was asked for; another try may succeed."""
+
+    exit_code = EXIT_FAILED
+
+
 class NonFiniteError(RuntimeError):
     """Loss or gradient was not finite more often than allowed."""
 
@@ -62,6 +68,7 @@ __all__ = [
     "FolderError",
     "NonFiniteError",
     "PeerError",
+    "RemoteError",
     "UserError",
     "describe_os_error",
 ]
