@@ -1,0 +1,209 @@
+"""Kills a training process from inside, at a named place. Knows the places by the functions and files of `training`.
+
+`arm` is called in the process before the program starts. A place is passed many times in a run: the process dies, with
+its whole group, when it has passed its place often enough. What it was is noted in a file first.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+CHECKPOINT_FILES = (
+    *("model.safetensors", "optimizer.safetensors", "state.json", "data.json"),
+    *("config.yaml", "model_config.json", "manifest.json"),
+)
+RUN_FILES = {"config.yaml.tmp": "run's config.yaml", "metrics.jsonl": "metrics line", "metrics.jsonl.tmp": "metrics cut"}
+# Places that rank 0 alone passes; all of them while it has files in hand.
+WRITING = (
+    *(f"write {name}" for name in CHECKPOINT_FILES),
+    *(f"write {name}" for name in RUN_FILES.values()),
+    *("before fsync", "after fsync", "between files", "before rename: checkpoint", "after rename: checkpoint"),
+    *("before rename: run's config.yaml", "before rename: metrics cut"),
+    *("before rename: rotation", "deletion in rotation", "cleaning of leftovers"),
+    *("snapshot", "memory of snapshots"),
+)
+RUNNING = ("verify", "load", "step", "batch", "evaluation")
+PLACES = (*WRITING, *RUNNING)
+# Places that a process passes once at most.
+ONCE = (
+    *("write run's config.yaml", "before rename: run's config.yaml", "write metrics cut"),
+    *("before rename: metrics cut", "memory of snapshots", "load"),
+)
+
+
+class Death:
+    """Counts how often a place is passed; at the given time it notes the place and kills."""
+
+    def __init__(self, place: str, passes: int, hits: str):
+        self._place, self._passes, self._hits = place, passes, hits
+        self._lock = threading.Lock()
+
+    def is_due(self, place: str) -> bool:
+        """True once, when this is the pass at which to die."""
+        if place != self._place:
+            return False
+        with self._lock:
+            self._passes -= 1
+            return self._passes == 0
+
+    def die(self) -> None:
+        """SIGKILL to the process group, as a power cut would."""
+        note = os.open(self._hits, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(note, f"{self._place}\n".encode())
+        os.killpg(os.getpgid(0), signal.SIGKILL)
+        threading.Event().wait()
+
+    def passed(self, place: str) -> None:
+        """To be called at every place."""
+        if self.is_due(place):
+            self.die()
+
+
+def arm(place: str, passes: int, run_dir: str, hits: str) -> None:
+    """Die when `place` has been passed `passes` times; `hits` is the file that learns of it."""
+    death = Death(place, passes, hits)
+    _watch_writes(death, Path(run_dir))
+    _watch_files(death, Path(run_dir))
+    _watch_functions(death)
+
+
+# ---- files
+
+
+def _watch_writes(death: Death, run_dir: Path) -> None:
+    """A file of the run is torn in the middle of one of its writes."""
+    plain = Path.open
+
+    def open_torn(self: Path, mode: str = "r", buffering: int = -1, *args: Any, **kwargs: Any) -> Any:
+        place = _file_place(self, run_dir)
+        if place is None or "r" in mode:
+            return plain(self, mode, buffering, *args, **kwargs)
+        raw = _Torn(self, mode, death, place)
+        if buffering == 0:
+            return raw
+        binary = io.BufferedWriter(raw, buffering if buffering > 1 else io.DEFAULT_BUFFER_SIZE)
+        return binary if "b" in mode else io.TextIOWrapper(binary, encoding="utf-8")
+
+    Path.open = open_torn  # type: ignore[method-assign, assignment]
+
+
+class _Torn(io.FileIO):
+    def __init__(self, path: Path, mode: str, death: Death, place: str):
+        super().__init__(path, mode.replace("b", "").replace("t", ""))
+        self._death, self._place = death, place
+
+    def write(self, content: Any) -> int:
+        if self._death.is_due(self._place):
+            super().write(bytes(content)[: len(content) // 2])
+            self._death.die()
+        return super().write(content)
+
+
+def _file_place(path: Path, run_dir: Path) -> str | None:
+    if run_dir not in path.parents:
+        return None
+    if path.parent == run_dir:
+        return f"write {RUN_FILES[path.name]}" if path.name in RUN_FILES else None
+    return f"write {path.name}" if path.parent.name.startswith(".tmp-") else None
+
+
+def _watch_files(death: Death, run_dir: Path) -> None:
+    """Renames and deletions in the run's folder, and what makes them last."""
+    fsync, deletes = os.fsync, threading.local()
+
+    def watched_fsync(descriptor: int) -> None:
+        death.passed("before fsync")
+        fsync(descriptor)
+        death.passed("after fsync")
+
+    os.fsync = watched_fsync
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "os.rename" and (place := _rename_place(*map(str, arguments[:2]))):
+            death.passed(f"before rename: {place}")
+        elif event == "shutil.rmtree":
+            match = re.match(r"\.(deleted|tmp)-", os.path.basename(arguments[0]))
+            deletes.place = match and {"deleted": "deletion in rotation", "tmp": "cleaning of leftovers"}[match[1]]
+        elif event == "os.remove" and getattr(deletes, "place", None):
+            death.passed(deletes.place)
+
+    sys.addaudithook(hook)
+
+
+def _rename_place(source: str, target: str) -> str | None:
+    name = os.path.basename(source)
+    if name.startswith(".tmp-"):
+        return "checkpoint"
+    if os.path.basename(target).startswith(".deleted-"):
+        return "rotation"
+    return RUN_FILES.get(name)
+
+
+# ---- functions
+
+
+def _watch_functions(death: Death) -> None:
+    import training.run
+    from training import checkpoint, checkpoint_files
+    from training.evaluation import evaluator
+    from training.feed import Feed
+    from training.step import TrainStep
+
+    def before(owner: Any, name: str, place: str) -> None:
+        _wrap(owner, name, lambda call: (death.passed(place), call())[1])
+
+    def after(owner: Any, name: str, place: str) -> None:
+        _wrap(owner, name, lambda call: (call(), death.passed(place))[0])
+
+    before(checkpoint.HostCopy, "_buffer", "snapshot")
+    before(checkpoint.HostCopy, "reserve", "memory of snapshots")
+    after(checkpoint_files, "_write_file", "between files")
+    after(checkpoint_files, "_take_name", "after rename: checkpoint")
+    before(checkpoint_files, "_crc32_of_file", "verify")
+    after(training.run, "load_start", "load")
+    after(TrainStep, "__call__", "step")
+    after(Feed, "next", "batch")
+    before(evaluator.Evaluator, "_zeroshot", "evaluation")
+    before(evaluator.Evaluator, "_pairs", "evaluation")
+
+
+def _wrap(owner: Any, name: str, around: Callable[[Callable[[], Any]], Any]) -> None:
+    inner = getattr(owner, name)
+    setattr(owner, name, lambda *args, **kwargs: around(lambda: inner(*args, **kwargs)))
+
+
+# ---- samples
+
+
+def note_samples(path: str) -> None:
+    """Each step of this process adds a line to the file: its number and the keys of its samples."""
+    from training.step import TrainStep
+
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    inner = TrainStep.__call__
+
+    def noted(self: TrainStep, batch: Any, step: int, rate: float) -> Any:
+        os.write(descriptor, (json.dumps([step + 1, batch.keys]) + "\n").encode())
+        return inner(self, batch, step, rate)
+
+    TrainStep.__call__ = noted  # type: ignore[method-assign]
+
+
+def samples_noted(path: Path) -> dict[int, set[tuple[str, ...]]]:
+    """Step -> the keys that it consumed; more than one entry where a repeated step consumed others."""
+    found: dict[int, set[tuple[str, ...]]] = {}
+    for line in path.read_text().splitlines():
+        step, keys = json.loads(line)
+        found.setdefault(step, set()).add(tuple(keys))
+    return found
+
+
