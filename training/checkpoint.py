@@ -13,6 +13,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata
@@ -34,6 +35,7 @@ from training.start import CHECKPOINTS, Fresh, Pretrained, Resume, StartState, c
 
 if TYPE_CHECKING:
     from training.distributed import World
+    from training.uploader import Uploader
 
 logger = logging.getLogger(__name__)
 
@@ -71,15 +73,25 @@ class Checkpointer:
     """Saves the checkpoints of a run into `directory`. On ranks other than the main one every method returns at once.
 
     keep_last: step checkpoints kept; those of epochs stay unless `delete_previous`.
+    uploader: told of each checkpoint; rotation leaves alone what it is reading.
     A failed write is raised as CheckpointWriteError by the next `check`, `save`, `wait` or `close`, and by each
     after it: the caller shares it with the other ranks.
     """
 
-    def __init__(self, directory: Path, world: World, *, keep_last: int = 2, delete_previous: bool = False):
+    def __init__(
+        self,
+        directory: Path,
+        world: World,
+        *,
+        keep_last: int = 2,
+        delete_previous: bool = False,
+        uploader: Uploader | None = None,
+    ):
         self._directory = directory
         self._world = world
         self._keep_last = keep_last
         self._delete_previous = delete_previous
+        self._uploader = uploader
         self._host = HostCopy()
         self._thread: threading.Thread | None = None
         self._error: CheckpointWriteError | None = None
@@ -129,6 +141,12 @@ class Checkpointer:
         """Raise if a write has failed; does not wait."""
         if self._error is not None:
             raise self._error
+
+    def is_idle(self, within_s: float) -> bool:
+        """Whether nothing is being written, after at most `within_s`."""
+        if self._thread is not None:
+            self._thread.join(within_s)
+        return self._thread is None or not self._thread.is_alive()
 
     def wait(self) -> None:
         """Return when nothing is being written; raise if a write has failed."""
@@ -185,12 +203,21 @@ class Checkpointer:
         seconds = time.perf_counter() - started
         mib = sum(entry.size for entry in manifest.files.values()) / 2**20
         logger.info("saved %s: %.0f MiB written in %.1f s, training stood %.2f s", folder, mib, seconds, stall_s)
+        if self._uploader is not None:
+            self._uploader.wake()
         try:
-            rotate(
-                self._directory, keep_last=self._keep_last, delete_previous_epochs=self._delete_previous, keep=folder
-            )
+            self._rotate(folder)
         except OSError as error:
             logger.warning("cannot delete old checkpoints: %s", error)
+
+    def _rotate(self, newest: Path) -> None:
+        with nullcontext(()) if self._uploader is None else self._uploader.rotating() as in_use:
+            rotate(
+                self._directory,
+                keep_last=self._keep_last,
+                delete_previous_epochs=self._delete_previous,
+                keep=(newest, *in_use),
+            )
 
 
 class HostCopy:

@@ -22,7 +22,7 @@ import socket
 import struct
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -192,6 +192,30 @@ def _take_name(temporary: Path, folder: Path) -> None:
     _remove_tree(replaced)
 
 
+def receive(folder: Path, source: str, manifest_text: str, get: Callable[[str, Path], None]) -> Path:
+    """Build `folder` from `source`, of which `get(name, path)` brings a file. It appears verified, or not at all.
+
+    Raises CheckpointError when what came is not what the manifest says, and whatever `get` raises.
+    """
+    temporary = _hidden_name("tmp", folder)
+    manifest = _parse_manifest(manifest_text, source)
+    try:
+        _remove_tree(temporary)
+        temporary.mkdir(parents=True)
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda name: get(name, temporary / name), manifest.files))
+        (temporary / MANIFEST).write_text(manifest_text, encoding="utf-8")
+        verify_checkpoint(temporary)
+        _take_name(temporary, folder)
+    except CheckpointError as error:
+        raise type(error)(str(error).replace(str(temporary), source)) from error
+    except OSError as error:
+        raise CheckpointWriteError(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
+        _remove_tree(temporary)
+    return folder
+
+
 def _hidden_name(kind: str, folder: Path) -> Path:
     return folder.with_name(f".{kind}-{folder.name}-{socket.gethostname()}-{os.getpid()}")
 
@@ -247,10 +271,18 @@ def _read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a checkpoint folder")
     try:
-        return Manifest.from_text((folder / MANIFEST).read_text(encoding="utf-8"))
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no {MANIFEST}: it is not a whole checkpoint") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: {MANIFEST} is damaged ({error})") from error
+    return _parse_manifest(text, str(folder))
+
+
+def _parse_manifest(text: str, folder: str) -> Manifest:
+    try:
+        return Manifest.from_text(text)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: {MANIFEST} is damaged ({error})") from error
 
 
@@ -277,24 +309,50 @@ def list_checkpoints(directory: Path) -> list[Path]:
     """All folders with a checkpoint's name, newest first; those without a readable manifest lead the list."""
     if not directory.is_dir():
         return []
-    folders = [path for path in directory.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(folders, key=_age_key, reverse=True)
+    folders = [path for path in directory.iterdir() if is_checkpoint_name(path.name) and path.is_dir()]
+    return sorted(
+        folders, key=lambda folder: age_key(folder.name, parse_manifest(read_manifest_text(folder))), reverse=True
+    )
 
 
-def _age_key(folder: Path) -> tuple[float, float, int, int]:
-    """Orders by samples and step; at the same one an epoch's folder is newer, being the one that is kept."""
-    kind, number = _parse_name(folder)
-    samples = step = float("inf")
+def is_checkpoint_name(name: str) -> bool:
+    """True for the names that checkpoints have."""
+    return _NAME.fullmatch(name) is not None
+
+
+AgeKey = tuple[float, float, int, int]
+
+
+def age_key(name: str, manifest: Manifest | None) -> AgeKey:
+    """Orders by samples and step; at the same one an epoch's folder is newer, being the one that is kept.
+
+    Without a manifest that can be read it is the newest of all: what cannot be judged must be looked at.
+    """
+    match = _NAME.fullmatch(name)
+    assert match is not None, name
+    samples, step = (float("inf"),) * 2 if manifest is None else (manifest.samples_seen, manifest.step)
+    return samples, step, int(match[1] == "epoch"), int(match[2])
+
+
+def newest_first(manifests: Mapping[str, str | None]) -> list[tuple[AgeKey, str]]:
+    """(age, name) of the checkpoints whose manifests can be read, newest first, by name and text."""
+    parsed = ((name, parse_manifest(text)) for name, text in manifests.items())
+    return sorted(((age_key(name, manifest), name) for name, manifest in parsed if manifest is not None), reverse=True)
+
+
+def read_manifest_text(folder: Path) -> str | None:
+    """What the folder's manifest says, whether or not that is one; None where it cannot be read."""
+    try:
+        return (folder / MANIFEST).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def parse_manifest(text: str | None) -> Manifest | None:
+    """The manifest, if the text is one."""
     with contextlib.suppress(CheckpointError):
-        manifest = _read_manifest(folder)
-        samples, step = manifest.samples_seen, manifest.step
-    return samples, step, int(kind == "epoch"), number
-
-
-def _parse_name(folder: Path) -> tuple[str, int]:
-    match = _NAME.fullmatch(folder.name)
-    assert match is not None, folder
-    return match[1], int(match[2])
+        return None if text is None else _parse_manifest(text, "")
+    return None
 
 
 def find_latest(directory: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
@@ -312,20 +370,29 @@ def find_latest(directory: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
 # ---- rotate and clean
 
 
-def rotate(directory: Path, *, keep_last: int, delete_previous_epochs: bool, keep: Path | None = None) -> list[Path]:
+def rotate(directory: Path, *, keep_last: int, delete_previous_epochs: bool, keep: Collection[Path] = ()) -> list[Path]:
     """Delete what is no longer wanted; returns the folders deleted.
 
-    Kept are the newest `keep_last` step checkpoints, every epoch (only the newest one if
-    `delete_previous_epochs`), `keep`, the newest that is whole, and everything without a readable
-    manifest: that is a case for a human.
+    Kept is what `unwanted` leaves, `keep`, and everything without a readable manifest: that is a case for a human.
     """
-    whole = [folder for folder in list_checkpoints(directory) if _is_whole(folder)]
-    steps = [folder for folder in whole if _parse_name(folder)[0] == "step"]
-    epochs = [folder for folder in whole if _parse_name(folder)[0] == "epoch"]
-    unwanted = steps[keep_last:] + (epochs[1:] if delete_previous_epochs else [])
-    unwanted = [folder for folder in unwanted if folder not in (keep, whole[0])]
-    discard(unwanted)
-    return unwanted
+    whole = {folder.name: folder for folder in list_checkpoints(directory) if _is_whole(folder)}
+    names = unwanted(list(whole), keep_last=keep_last, delete_previous_epochs=delete_previous_epochs)
+    doomed = [whole[name] for name in names if whole[name] not in keep]
+    discard(doomed)
+    return doomed
+
+
+def unwanted(names: list[str], *, keep_last: int, delete_previous_epochs: bool) -> list[str]:
+    """Of whole checkpoints, newest first, those that rotation deletes; here or at a remote.
+
+    Kept are the newest `keep_last` step checkpoints, every epoch (only the newest one if `delete_previous_epochs`),
+    and the newest of all.
+    """
+    steps = [name for name in names if name.startswith("step_")]
+    epochs = [name for name in names if name.startswith("epoch_")]
+    return [
+        name for name in steps[keep_last:] + (epochs[1:] if delete_previous_epochs else []) if name not in names[:1]
+    ]
 
 
 def discard(folders: Iterable[Path]) -> None:

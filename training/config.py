@@ -162,12 +162,28 @@ class RunConfig:
         aliases=("--logs-dir",),
     )
     seed: int = option(0, "initial weights, sample order and random draws follow from it alone")
-    resume: str | None = option(None, "'latest', or a checkpoint folder")
+    resume: str | None = option(
+        None,
+        "'latest': the newest checkpoint that verifies, here or at the remote; or a checkpoint folder, path or URL",
+    )
     save_frequency: int = option(1, "keep a checkpoint every so many epochs; the last one always")
     save_every_n_steps: int | None = option(None, "a checkpoint between epochs, by steps")
     save_every_n_minutes: float | None = option(None, "a checkpoint between epochs, by time")
     keep_last: int = option(2, "step checkpoints kept; those of epochs all stay")
     delete_previous_checkpoint: bool = option(False, "keep only the newest checkpoint of an epoch")
+    save_most_recent: bool = option(
+        False, "save every epoch to resume from; those that --save-frequency does not keep rotate as --keep-last says"
+    )
+    remote_sync: str | None = option(
+        None, "path or URL (s3://, gs://, ...) under which a second copy of the run is kept, behind the training"
+    )
+    remote_sync_frequency: float = option(
+        300.0,
+        "seconds after which --remote-sync tries again what failed; checkpoints go there as soon as they are saved",
+    )
+    remote_sync_protocol: str | None = option(
+        None, "no effect: the protocol is in the URL of --remote-sync", choices=("s3", "fsspec")
+    )
     dry_run: bool = option(
         False,
         "build everything, make one step at the largest text length, print plan, memory and what would be refused, "

@@ -1,18 +1,21 @@
 """The ranks of a run: their session, their agreements, their shared errors. Knows no model and no data.
 
 What one rank finds, all ranks learn before anyone raises: `collectively` and `on_main` are the two ways
-to do rank-dependent work without leaving the others waiting in a collective.
+to do rank-dependent work without leaving the others waiting in a collective. `wait_for` and `on_main_at_length`
+are for what may take longer than a collective may.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +26,8 @@ from training.launch import Launch, read_launch
 from training.rollcall import call_roll, open_store
 
 T = TypeVar("T")
+
+_LONGEST_ROUND_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class World:
     launcher: str = "single process"
     # A gloo group on the host: agreements must neither wait for the GPU's queue nor fill it.
     control: dist.ProcessGroup | None = None
+    # What a collective may take; whoever needs longer meets the others in between.
+    timeout_s: float = 600.0
 
     @property
     def is_main(self) -> bool:
@@ -122,6 +129,43 @@ class World:
                 result = function()
         return self.broadcast_object(result)  # type: ignore[return-value]
 
+    def wait_for(self, is_done: Callable[[float], bool]) -> None:
+        """Return when `is_done(seconds)`, which waits for at most that long, has been true on every rank.
+
+        However long that takes: ranks meet in rounds that are shorter than what a collective may take.
+        """
+        round_s = min(_LONGEST_ROUND_S, self.timeout_s / 4)
+        while self.any(not is_done(round_s)):  # Collective:
+            pass
+
+    def on_main_at_length(self, function: Callable[[], T], what: str = "on rank 0") -> T:
+        """`on_main` for what may take longer than a collective may; `function` runs in a thread of its own."""
+        errand = Errand(function) if self.is_main else None
+        self.wait_for(lambda seconds: errand is None or errand.is_done(seconds))
+        return self.on_main(lambda: errand.result(), what)  # type: ignore[union-attr]
+
+
+class Errand(Generic[T]):
+    """A function in a thread of its own, whose result or error is fetched later."""
+
+    def __init__(self, function: Callable[[], T], name: str = "errand"):
+        self._future: Future[T] = Future()
+        threading.Thread(target=self._run, args=(function,), name=name, daemon=True).start()
+
+    def _run(self, function: Callable[[], T]) -> None:
+        try:
+            self._future.set_result(function())
+        except BaseException as error:
+            self._future.set_exception(error)
+
+    def is_done(self, within_s: float) -> bool:
+        """Whether it has come back, after at most `within_s`."""
+        return bool(wait([self._future], within_s).done)
+
+    def result(self) -> T:
+        """What the function returned or raised."""
+        return self._future.result()
+
 
 def exit_code_of(error: BaseException) -> int:
     """The exit code an error carries; 1 for what nobody foresaw."""
@@ -151,7 +195,7 @@ def session(cluster: ClusterConfig) -> Iterator[World]:
     )
     try:
         control = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else dist.group.WORLD
-        yield World(**{**world.__dict__, "control": control})
+        yield World(**{**world.__dict__, "control": control, "timeout_s": cluster.dist_timeout_s})
     finally:
         dist.destroy_process_group()
 

@@ -29,6 +29,12 @@ class CheckpointWriteError(CheckpointError):
     exit_code = EXIT_FAILED
 
 
+class RemoteError(CheckpointError):
+    """The remote of --remote-sync did not do what it was asked for; another try may succeed."""
+
+    exit_code = EXIT_FAILED
+
+
 class NonFiniteError(RuntimeError):
     """Loss or gradient was not finite more often than allowed."""
 
@@ -50,5 +56,6 @@ __all__ = [
     "DataError",
     "NonFiniteError",
     "PeerError",
+    "RemoteError",
     "UserError",
 ]

@@ -11,7 +11,7 @@ from training.feed import Feed
 from training.guard import NonFiniteGuard, RollbackDue
 from training.plan import Plan
 from training.report import Reporter
-from training.saving import Saver
+from training.saving import Saver, keeps_epoch
 from training.step import TrainStep
 
 
@@ -52,9 +52,9 @@ class Cadence:
         every = self._run.save_every_n_steps
         return every is not None and done % every == 0
 
-    def keeps_epoch(self, epoch: int) -> bool:
-        """True when the checkpoint at the end of `epoch` is one to keep."""
-        return epoch % self._run.save_frequency == 0 or epoch == self._plan.epochs
+    def saves_epoch(self, epoch: int) -> bool:
+        """True when a checkpoint is due at the end of `epoch`."""
+        return self._run.save_most_recent or keeps_epoch(self._run, epoch, self._plan)
 
     def stops(self, done: int) -> bool:
         """True when --stop-after-steps is reached."""
@@ -104,7 +104,7 @@ def _run_from(job: Job, start: int) -> bool:
 def _end_epoch(job: Job, done: int) -> bool:
     """Save, then evaluate. False when the evaluation was stopped; it is made up for after the resume."""
     # Order matters: a kill during a long evaluation must not cost the epoch.
-    if job.cadence.keeps_epoch(job.plan.epoch_of(done)) or job.cadence.saves(done) or job.feed.save_requested:
+    if job.cadence.saves_epoch(job.plan.epoch_of(done)) or job.cadence.saves(done) or job.feed.save_requested:
         _save(job, done)
     if job.evaluate(done):
         return True

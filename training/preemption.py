@@ -50,6 +50,10 @@ class Preemption:
             return f"the job ends in {max(0, round(self._end - now))} s"
         return None
 
+    def seconds_to_end(self) -> float | None:
+        """Until the end of the job, where the environment says when that is."""
+        return None if self._end is None else self._end - self._clock()
+
     def __enter__(self) -> Preemption:
         # Only the main thread may install handlers; elsewhere the deadline still counts.
         if threading.current_thread() is threading.main_thread():

@@ -22,6 +22,7 @@ from training.plan import Plan
 from training.report import Reporter
 from training.saving import Saver
 from training.setup import Learner, restore, start_progress
+from training.uploader import Uploader
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Rollback:
     start: Path | None
     limit: int
     num_done: int = 0
+    uploader: Uploader | None = None
 
     def __call__(self, due: RollbackDue) -> int:
         """Raises NonFiniteError, on all ranks alike, when the limit is reached or there is nothing to go back to."""
@@ -98,6 +100,8 @@ class Rollback:
         """Checkpoints of the future that is given up go away: the newest must be the one that the run goes on from."""
         with self.world.collectively("--on-nonfinite rollback"):
             if self.world.is_main:
+                if self.uploader is not None:
+                    self.uploader.rewind(step * self.plan.global_batch)
                 discard(self._beyond(step * self.plan.global_batch))
         self.saver.save_again(step, self.feed, {"rollbacks": self.num_done})
 

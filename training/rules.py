@@ -40,6 +40,7 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
         "save_every_n_steps": config.run.save_every_n_steps,
         "dry_run_world_size": config.run.dry_run_world_size,
         "save_every_n_minutes": config.run.save_every_n_minutes,
+        "remote_sync_frequency": config.run.remote_sync_frequency,
     }
     for name, value in positive.items():
         if value is not None and value <= 0:

@@ -6,11 +6,12 @@ import logging
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import data
 import models
 from training.checkpoint import Checkpointer, LoadedCheckpoint, Progress, StartState, decide_start
-from training.config import TrainConfig, to_flat
+from training.config import RunConfig, TrainConfig, to_flat
 from training.console import Console, logging_to
 from training.distributed import World
 from training.errors import EXIT_DONE, EXIT_PREEMPTED, PeerError, UserError
@@ -23,6 +24,7 @@ from training.metrics import MetricsLog, read_metrics
 from training.optimizer import describe_optimizer
 from training.plan import Plan, make_plan
 from training.preemption import Preemption
+from training.remote import Remote, open_remote
 from training.report import Reporter
 from training.rollback import Rollback, rollbacks_of
 from training.saving import Saver
@@ -43,6 +45,7 @@ from training.setup import (
 )
 from training.sinks import SinkSettings, build_trackers, new_wandb_id, parse_report_to
 from training.teacher import resolve_teacher
+from training.uploader import Uploader, finish_upload
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +70,7 @@ class Setting:
 def train(config: TrainConfig, world: World, preemption: Preemption) -> int:
     """Train as `config` says. Returns the exit code; raises the errors of `training.errors` on all ranks alike."""
     folder = run_folder(config, world)
-    start = decide_start(world, folder.path, resume=config.run.resume, pretrained=config.model.pretrained)
+    start = find_start(config, world, folder)
     world.on_main(lambda: folder.create(config), "creating the run folder")
     with logging_to(folder.path, world.rank), errors_noted():
         setting = settle(config, world, folder, start)
@@ -79,10 +82,16 @@ def train(config: TrainConfig, world: World, preemption: Preemption) -> int:
         learner = build_learner(config, setting.model, start, setting.loaded, world)
         log.info("model: %s", describe_model(learner.model, config))
         log.info("optimiser: %s", describe_optimizer(learner.optimizer))
-        with open_feed(setting, preemption) as feed, open_job(setting, learner, feed, evaluator) as job:
+        with (
+            open_feed(setting, preemption) as feed,
+            open_uploader(setting) as uploader,
+            open_job(setting, learner, feed, evaluator, uploader) as job,
+        ):
             finished = run_loop(job)
             job.saver.finish()
-        log.info("done" if finished else f"stopped ({preemption.requested() or 'as asked'}), everything is saved")
+            missing = finish_upload(uploader, world, preemption)
+        end = "done" if finished else f"stopped ({preemption.requested() or 'as asked'}), everything is saved"
+        log.info("%s%s", end, missing and f"; {missing}")
     return EXIT_DONE if finished else EXIT_PREEMPTED
 
 
@@ -95,6 +104,18 @@ def errors_noted() -> Iterator[None]:
         unforeseen = not isinstance(error, (*UserError, PeerError))
         log.error("%s: %s", type(error).__name__, error, exc_info=unforeseen, extra={"file_only": True})
         raise
+
+
+def find_start(config: TrainConfig, world: World, folder: RunFolder) -> StartState:
+    """Where the run begins, here or at its remote; a remote that cannot be used is refused here."""
+    url = config.run.remote_sync
+    return decide_start(
+        world,
+        folder.path,
+        resume=config.run.resume,
+        pretrained=config.model.pretrained,
+        opener=None if url is None else partial(open_remote, url, folder.path.name, folder.path),
+    )
 
 
 def settle(config: TrainConfig, world: World, folder: RunFolder, start: StartState) -> Setting:
@@ -123,6 +144,16 @@ def announce(setting: Setting) -> None:
     if setting.loaded and (change := describe_resume(setting.loaded, setting.config, setting.plan)):
         log.info("changed since the checkpoint: %s", change)
     log.info("folder: %s", setting.folder.path)
+    for line in describe_copy(setting.config.run):
+        log.info("%s", line)
+
+
+def describe_copy(run: RunConfig) -> Iterator[str]:
+    """Where the second copy of the run goes, and which flags about it change nothing."""
+    if run.remote_sync is not None:
+        yield f"remote: {run.remote_sync.rstrip('/')}"
+    if run.remote_sync_protocol is not None:
+        yield "--remote-sync-protocol has no effect: the protocol is in the URL of --remote-sync"
 
 
 def build_evaluator(setting: Setting, preemption: Preemption) -> Evaluator:
@@ -181,14 +212,34 @@ def open_feed(setting: Setting, preemption: Preemption) -> Iterator[Feed]:
 
 
 @contextmanager
-def open_job(setting: Setting, learner: Learner, feed: Feed, evaluator: Evaluator) -> Iterator[Job]:
+def open_uploader(setting: Setting) -> Iterator[Uploader | None]:
+    """What keeps the copy at the remote, on rank 0 only."""
+    run, folder = setting.config.run, setting.folder
+    if run.remote_sync is None or not setting.world.is_main:
+        yield None
+        return
+    uploader = Uploader(
+        Remote(f"{run.remote_sync.rstrip('/')}/{folder.path.name}"),
+        folder.path,
+        keep_last=run.keep_last,
+        delete_previous=run.delete_previous_checkpoint,
+        every_s=run.remote_sync_frequency,
+    )
+    with uploader:
+        yield uploader
+
+
+@contextmanager
+def open_job(
+    setting: Setting, learner: Learner, feed: Feed, evaluator: Evaluator, uploader: Uploader | None
+) -> Iterator[Job]:
     """Everything that the loop calls; files and trackers are closed on every path."""
     config, world, plan, step = setting.config, setting.world, setting.plan, setting.progress.step
     wandb_id = (setting.loaded.state.get("wandb_run_id") if setting.loaded else None) or new_wandb_id()
     with (
         Console(config.log.progress, plan.total_steps, step, world.is_main) as console,
         open_metrics(setting, wandb_id) as metrics,
-        open_checkpointer(setting) as checkpointer,
+        open_checkpointer(setting, uploader) as checkpointer,
     ):
         reporter = Reporter(metrics, console, plan, world, config.log.log_every_n_steps)
         extra = {"wandb_run_id": wandb_id, "rollbacks": rollbacks_of(setting.loaded)}
@@ -216,7 +267,7 @@ def open_job(setting: Setting, learner: Learner, feed: Feed, evaluator: Evaluato
             guard=NonFiniteGuard(config.optim, world, reporter.event),
             reporter=reporter,
             saver=saver,
-            roll_back=build_rollback(setting, learner, saver, reporter, feed),
+            roll_back=build_rollback(setting, learner, saver, reporter, feed, uploader),
             evaluate=evaluate,
             evaluate_first=evaluation_missing(setting, evaluator),
             cadence=Cadence(config.run, plan, step),
@@ -224,7 +275,9 @@ def open_job(setting: Setting, learner: Learner, feed: Feed, evaluator: Evaluato
         yield job
 
 
-def build_rollback(setting: Setting, learner: Learner, saver: Saver, reporter: Reporter, feed: Feed) -> Rollback:
+def build_rollback(
+    setting: Setting, learner: Learner, saver: Saver, reporter: Reporter, feed: Feed, uploader: Uploader | None
+) -> Rollback:
     """The way back to an earlier checkpoint."""
     return Rollback(
         world=setting.world,
@@ -237,15 +290,20 @@ def build_rollback(setting: Setting, learner: Learner, saver: Saver, reporter: R
         start=setting.loaded.folder if setting.loaded else None,
         limit=setting.config.optim.max_rollbacks,
         num_done=rollbacks_of(setting.loaded),
+        uploader=uploader,
     )
 
 
-def open_checkpointer(setting: Setting) -> Checkpointer:
+def open_checkpointer(setting: Setting, uploader: Uploader | None) -> Checkpointer:
     """The writer of the run's checkpoints; it cleans up what a killed one left behind."""
     run, world = setting.config.run, setting.world
     with world.collectively("opening the checkpoint folder"):
         return Checkpointer(
-            setting.folder.checkpoints, world, keep_last=run.keep_last, delete_previous=run.delete_previous_checkpoint
+            setting.folder.checkpoints,
+            world,
+            keep_last=run.keep_last,
+            delete_previous=run.delete_previous_checkpoint,
+            uploader=uploader,
         )
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from data import Position
-from training.checkpoint import Checkpointer, Progress, optimizer_to_tensors
-from training.config import TrainConfig, to_flat
+from training.checkpoint import Checkpointer, Progress, epoch_name, optimizer_to_tensors, step_name
+from training.config import RunConfig, TrainConfig, to_flat
 from training.distributed import World
 from training.feed import Feed
 from training.optimizer import parameter_names
@@ -18,6 +18,11 @@ from training.parallel import unwrap
 from training.plan import Plan
 from training.precision import LossScale
 from training.sharding import gathering
+
+
+def keeps_epoch(run: RunConfig, epoch: int, plan: Plan) -> bool:
+    """True when the checkpoint at the end of `epoch` is one to keep."""
+    return epoch % run.save_frequency == 0 or epoch == plan.epochs
 
 
 class Saver:
@@ -91,9 +96,8 @@ class Saver:
         counts: dict[str, int],
     ) -> None:
         epoch = self._plan.epoch_of(done)
-        name = f"epoch_{epoch}" if self._plan.ends_epoch(done) else f"step_{done:09d}"
         self._checkpointer.save(
-            name,
+            self._name(done, epoch),
             progress=Progress(step=done, epoch=epoch, samples_seen=done * self._plan.global_batch),
             model_state=weights,
             optimizer_state=moments,
@@ -103,7 +107,14 @@ class Saver:
             extra=self._extra | {"counts": counts} | self._loss_scale_state(),
         )
 
+    def _name(self, done: int, epoch: int) -> str:
+        run = self._config.run
+        # --save-most-recent saves epochs that are not to be kept: under a step's name they rotate.
+        is_passing = run.save_most_recent and not keeps_epoch(run, epoch, self._plan)
+        return epoch_name(epoch) if self._plan.ends_epoch(done) and not is_passing else step_name(done)
+
     def finish(self) -> None:
         """Wait until the last checkpoint is on disk. Raises CheckpointWriteError on all ranks alike."""
-        with self._world.collectively("saving a checkpoint"):
-            self._checkpointer.wait()
+        # Collective: a disk that stands still for long must cost rank 0's time, not the others' patience.
+        self._world.wait_for(self._checkpointer.is_idle)
+        self.check()

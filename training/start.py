@@ -1,22 +1,35 @@
-"""Where a run begins: anew, from pretrained weights, or at a checkpoint. Reads folders, changes nothing else.
+"""Where a run begins: anew, from pretrained weights, or at a checkpoint, of which the newest may be at the remote.
 
-The decision is made on the main rank and shared, so that no two ranks can see different folders.
+Reads folders, and fetches into the run's own what it goes on from. The decision is made on the main rank and shared,
+so that no two ranks can see different folders.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training.checkpoint_files import clean_leftovers, find_latest, list_checkpoints, verify_checkpoint
-from training.errors import CheckpointError, ConfigError
+from training.checkpoint_files import (
+    MANIFEST,
+    age_key,
+    clean_leftovers,
+    list_checkpoints,
+    parse_manifest,
+    read_manifest_text,
+    verify_checkpoint,
+)
+from training.errors import CheckpointError, ConfigError, RemoteError
 from training.metrics import FILE_NAME as METRICS_FILE
+from training.remote import CHECKPOINTS, Remote, in_time, remote_checkpoint
+from training.secrets import mask_text
 
 if TYPE_CHECKING:
     from training.distributed import World
 
-CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 
 
@@ -37,35 +50,55 @@ class Pretrained:
 
 @dataclass(frozen=True)
 class Resume:
-    """Go on from `folder`, which verified; `passed_over` lists newer folders that did not, and why."""
+    """Go on from `folder`, which verified; `passed_over` lists newer ones that did not, and why."""
 
     folder: Path
     step: int
     reason: str
-    passed_over: tuple[tuple[Path, str], ...] = ()
+    passed_over: tuple[tuple[str, str], ...] = ()
 
 
 StartState = Fresh | Pretrained | Resume
 
 
-def decide_start(world: World, run_dir: Path, *, resume: str | None, pretrained: str | None) -> StartState:
+Opener = Callable[[], Remote]
+
+
+def decide_start(
+    world: World, run_dir: Path, *, resume: str | None, pretrained: str | None, opener: Opener | None = None
+) -> StartState:
     """`choose_start` on the main rank, its answer or its error on every rank."""
-    # Collective: every rank asks, one looks.
-    return world.on_main(lambda: choose_start(run_dir, resume=resume, pretrained=pretrained))
+    # Collective: every rank asks, one looks; checksums of large files, or fetching them, take their time.
+    return world.on_main_at_length(
+        lambda: choose_start(run_dir, resume=resume, pretrained=pretrained, opener=opener), "--resume"
+    )
 
 
-def choose_start(run_dir: Path, *, resume: str | None, pretrained: str | None) -> StartState:
+def choose_start(
+    run_dir: Path, *, resume: str | None, pretrained: str | None, opener: Opener | None = None
+) -> StartState:
     """The start of the run in `run_dir`; a found checkpoint wins over `pretrained`. `reason` is for the console.
 
-    Raises ConfigError when the run exists and `resume` is not given, CheckpointError when `resume` names a
-    folder that does not verify, or when there are checkpoints and none of them does.
+    opener: opens the run's remote, or raises RemoteError when it does not answer.
+    Raises ConfigError when the run exists and `resume` is not given; CheckpointError when `resume` names a
+    folder that does not verify, or when there are checkpoints and none of them does; RemoteError when the run may
+    be at the remote and nobody there says whether.
     """
     if resume is None:
-        _refuse_existing(run_dir)
+        _refuse_existing(run_dir, opener() if opener else None)
         return _begin(pretrained, "")
+    remote, silence = _open(opener)
     if resume == LATEST:
-        return _latest(run_dir, pretrained)
-    return _named(run_dir, resume)
+        return _latest(run_dir, pretrained, remote, silence)
+    return _named(run_dir, resume, remote, silence)
+
+
+def _open(opener: Opener | None) -> tuple[Remote | None, str]:
+    """The remote, or why there is no asking it."""
+    try:
+        return (opener() if opener else None), ""
+    except RemoteError as error:
+        return None, str(error)
 
 
 def _begin(pretrained: str | None, why: str) -> StartState:
@@ -74,38 +107,134 @@ def _begin(pretrained: str | None, why: str) -> StartState:
     return Pretrained(pretrained, f"{why}starting from the weights of {pretrained}")
 
 
-def _refuse_existing(run_dir: Path) -> None:
+def _refuse_existing(run_dir: Path, remote: Remote | None) -> None:
     metrics = run_dir / METRICS_FILE
+    found: object = None
     if list_checkpoints(run_dir / CHECKPOINTS) or (metrics.exists() and metrics.stat().st_size > 0):
+        found = run_dir
+    elif remote is not None and any(in_time(remote.manifests, str(remote)).values()):
+        found = remote
+    if found is not None:
         raise ConfigError(
-            f"--name: the run {run_dir} exists already; "
-            f"add --resume {LATEST} to go on with it, or choose another --name"
+            f"--name: the run {found} exists already; add --resume {LATEST} to go on with it, or choose another --name"
         )
 
 
-def _latest(run_dir: Path, pretrained: str | None) -> StartState:
+# ---- the newest
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A checkpoint that may be the one; `take` verifies it, fetches it if need be, and returns its local folder."""
+
+    place: str
+    take: Callable[[], Path]
+
+
+def _latest(run_dir: Path, pretrained: str | None, remote: Remote | None, silence: str) -> StartState:
     directory = run_dir / CHECKPOINTS
     clean_leftovers(directory)
-    folder, passed_over = find_latest(directory)
-    if folder is not None:
-        skipped = "".join(f"; passed over: {reason}" for _, reason in passed_over)
+    there: dict[str, str | None] = {}
+    if remote is not None:
+        try:
+            there = in_time(remote.manifests, str(remote))
+        except RemoteError as error:
+            silence = str(error)
+    notes = [f"{name} at {remote} is not whole (it has no {MANIFEST})" for name, text in there.items() if text is None]
+    where = f"{directory} or at {remote}" if remote is not None else str(directory)
+    found = _first_whole(_candidates(run_dir, remote, there), notes, where)
+    if found is not None:
+        unasked = f"; there may be a newer one: {silence}" if silence else ""
+        return replace(found, reason=found.reason + unasked)
+    if silence:
+        raise RemoteError(f"{silence}; without a checkpoint in {directory}, nobody knows how far the run has come")
+    return _begin(pretrained, f"no checkpoint in {where} yet: ")
+
+
+def _candidates(run_dir: Path, remote: Remote | None, there: dict[str, str | None]) -> Iterator[_Candidate]:
+    """Newest first; of equal ones the local one. What has no manifest at the remote was never whole there."""
+    local = {folder.name: read_manifest_text(folder) for folder in list_checkpoints(run_dir / CHECKPOINTS)}
+    found = [(age_key(name, parse_manifest(text)), True, name) for name, text in local.items()]
+    found += [(age_key(name, parse_manifest(text)), False, name) for name, text in there.items() if text is not None]
+    for _, is_local, name in sorted(found, reverse=True):
+        folder = run_dir / CHECKPOINTS / name
+        if is_local:
+            yield _Candidate(str(folder), partial(_verified, folder))
+        elif remote is not None:
+            yield _Candidate(f"{remote}/{CHECKPOINTS}/{name}", partial(_fetch, remote, name, run_dir))
+
+
+def _first_whole(candidates: Iterator[_Candidate], notes: list[str], where: str) -> Resume | None:
+    """Raises CheckpointError when there are some and none is whole; RemoteError where another try may help."""
+    passed_over: list[tuple[str, str]] = []
+    failure: CheckpointError | None = None
+    for candidate in candidates:
+        try:
+            folder = candidate.take()
+        except CheckpointError as error:
+            passed_over.append((candidate.place, str(error)))
+            failure = error if failure is None or isinstance(error, RemoteError) else failure
+            continue
         step = verify_checkpoint(folder, checksums=False).step
-        return Resume(folder, step, f"resuming from {folder} (step {step}){skipped}", tuple(passed_over))
-    if passed_over:
+        fetched = "" if candidate.place == str(folder) else f", fetched from {candidate.place}"
+        skipped = "".join(f"; passed over: {reason}" for reason in [*(reason for _, reason in passed_over), *notes])
+        return Resume(folder, step, f"resuming from {folder} (step {step}){fetched}{skipped}", tuple(passed_over))
+    if failure is not None:
         # Starting anew here would spend the whole run again without anybody having decided so.
-        raise CheckpointError(
-            f"--resume {LATEST}: none of the {len(passed_over)} checkpoints in {directory} is whole "
+        kind = RemoteError if isinstance(failure, RemoteError) else CheckpointError
+        raise kind(
+            f"--resume {LATEST}: none of the {len(passed_over)} checkpoints in {where} is whole "
             f"({passed_over[0][1]}); repair or move them, or choose another --name"
-        )
-    return _begin(pretrained, f"no checkpoint in {directory} yet: ")
+        ) from failure
+    return None
 
 
-def _named(run_dir: Path, resume: str) -> Resume:
-    """A path, or the bare name of a checkpoint of this run."""
-    folder = Path(resume)
-    if not folder.exists() and (run_dir / CHECKPOINTS / resume).is_dir():
-        folder = run_dir / CHECKPOINTS / resume
+def _verified(folder: Path) -> Path:
+    verify_checkpoint(folder)
+    return folder
+
+
+def _fetch(remote: Remote, name: str, run_dir: Path) -> Path:
+    """The checkpoint, and the run's numbers up to it: they are at the remote wherever one of its checkpoints is."""
+    metrics = remote.read(METRICS_FILE)
+    folder = remote.fetch(name, run_dir / CHECKPOINTS)
+    if metrics is not None:
+        temporary = run_dir / f"{METRICS_FILE}.fetched"
+        temporary.write_bytes(metrics)
+        os.replace(temporary, run_dir / METRICS_FILE)
+    return folder
+
+
+# ---- the named
+
+
+def _named(run_dir: Path, resume: str, remote: Remote | None, silence: str) -> Resume:
+    """A path, a URL, or the bare name of a checkpoint of this run."""
+    folder, fetched = Path(resume), ""
+    own = run_dir / CHECKPOINTS / resume
+    if "://" in resume:
+        folder, fetched = _from_url(resume, run_dir, remote), f", fetched from {resume}"
+    elif not folder.exists() and own.is_dir():
+        folder = own
+    elif not folder.exists() and remote is not None and in_time(remote.manifests, str(remote)).get(resume):
+        folder, fetched = _fetch(remote, resume, run_dir), f", fetched from {remote}"
     if folder.is_file():
         raise CheckpointError(f"--resume takes a checkpoint folder; for the weights of {folder} use --pretrained")
     step = verify_checkpoint(folder).step
-    return Resume(folder, step, f"resuming from {folder} (step {step}), as --resume says")
+    note = f"; {silence}" if silence else ""
+    return Resume(folder, step, f"resuming from {folder} (step {step}){fetched}, as --resume says{note}")
+
+
+def _from_url(url: str, run_dir: Path, remote: Remote | None) -> Path:
+    """The checkpoint at `url` as one of this run's, under its own name; fetched unless it is here already."""
+    source, name = remote_checkpoint(url)
+    folder = run_dir / CHECKPOINTS / name
+    if (here := parse_manifest(read_manifest_text(folder))) is not None:
+        if here != parse_manifest(in_time(lambda: source.manifest_text(name), str(source))):
+            raise CheckpointError(
+                f"--resume {mask_text(url)}: {folder} is another checkpoint of that name; choose another --name"
+            )
+        return folder
+    if remote is not None and url.rstrip("/") == f"{remote.url}/{CHECKPOINTS}/{name}":
+        return _fetch(remote, name, run_dir)
+    return source.fetch(name, run_dir / CHECKPOINTS)

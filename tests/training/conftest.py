@@ -24,6 +24,8 @@ class FakeWorld:
     def on_main(self, function: Callable[[], Any], what: str = "") -> Any:
         return function()
 
+    on_main_at_length = on_main
+
 
 @pytest.fixture
 def world() -> FakeWorld:

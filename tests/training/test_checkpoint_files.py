@@ -231,7 +231,7 @@ def test_only_the_newest_epoch_stays_when_so_asked(tmp_path: Path, write_step: W
 def test_the_newest_and_the_one_just_written_stay_in_any_case(tmp_path: Path, write_step: WriteStep) -> None:
     for step in (10, 20, 30):
         write_step(f"step_{step:09d}", step)
-    rotate(tmp_path, keep_last=0, delete_previous_epochs=True, keep=tmp_path / "step_000000010")
+    rotate(tmp_path, keep_last=0, delete_previous_epochs=True, keep=(tmp_path / "step_000000010",))
     assert names(tmp_path) == ["step_000000010", "step_000000030"]
 
 
