@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return dry_run(config)
         # A signal may come at any time: while torch is imported and while ranks gather, too.
-        with Preemption() as preemption:
+        with Preemption(margin_s=config.run.preempt_margin_s) as preemption:
             # Heavy imports wait until the command line is known to be right.
             from training.distributed import session
             from training.run import train

@@ -79,13 +79,17 @@ def train(config: TrainConfig, world: World, preemption: Preemption) -> int:
         if is_complete(setting, evaluator):
             log.info("the run is complete: nothing to do")
             return EXIT_DONE
+        if asked_to_stop(world, preemption):
+            return EXIT_PREEMPTED
         learner = build_learner(config, setting.model, start, setting.loaded, world)
         log.info("model: %s", describe_model(learner.model, config))
         log.info("optimiser: %s", describe_optimizer(learner.optimizer))
+        if asked_to_stop(world, preemption):
+            return EXIT_PREEMPTED
         with (
             open_feed(setting, preemption) as feed,
-            open_uploader(setting) as uploader,
-            open_job(setting, learner, feed, evaluator, uploader) as job,
+            open_uploader(setting, preemption) as uploader,
+            open_job(setting, learner, feed, evaluator, uploader, preemption) as job,
         ):
             finished = run_loop(job)
             job.saver.finish()
@@ -93,6 +97,14 @@ def train(config: TrainConfig, world: World, preemption: Preemption) -> int:
         end = "done" if finished else f"stopped ({preemption.requested() or 'as asked'}), everything is saved"
         log.info("%s%s", end, missing and f"; {missing}")
     return EXIT_DONE if finished else EXIT_PREEMPTED
+
+
+def asked_to_stop(world: World, preemption: Preemption) -> bool:
+    """Whether any rank was asked to stop before the first step, when there is nothing to save yet. Collective."""
+    if not world.any(preemption.requested() is not None):  # Collective:
+        return False
+    log.info("stopped (%s) before the first step: nothing is lost", preemption.requested() or "another rank was asked")
+    return True
 
 
 @contextmanager
@@ -212,7 +224,7 @@ def open_feed(setting: Setting, preemption: Preemption) -> Iterator[Feed]:
 
 
 @contextmanager
-def open_uploader(setting: Setting) -> Iterator[Uploader | None]:
+def open_uploader(setting: Setting, preemption: Preemption) -> Iterator[Uploader | None]:
     """What keeps the copy at the remote, on rank 0 only."""
     run, folder = setting.config.run, setting.folder
     if run.remote_sync is None or not setting.world.is_main:
@@ -224,6 +236,7 @@ def open_uploader(setting: Setting) -> Iterator[Uploader | None]:
         keep_last=run.keep_last,
         delete_previous=run.delete_previous_checkpoint,
         every_s=run.remote_sync_frequency,
+        on_uploaded=partial(preemption.allow_for, "upload"),
     )
     with uploader:
         yield uploader
@@ -231,7 +244,12 @@ def open_uploader(setting: Setting) -> Iterator[Uploader | None]:
 
 @contextmanager
 def open_job(
-    setting: Setting, learner: Learner, feed: Feed, evaluator: Evaluator, uploader: Uploader | None
+    setting: Setting,
+    learner: Learner,
+    feed: Feed,
+    evaluator: Evaluator,
+    uploader: Uploader | None,
+    preemption: Preemption,
 ) -> Iterator[Job]:
     """Everything that the loop calls; files and trackers are closed on every path."""
     config, world, plan, step = setting.config, setting.world, setting.plan, setting.progress.step
@@ -239,11 +257,15 @@ def open_job(
     with (
         Console(config.log.progress, plan.total_steps, step, world.is_main) as console,
         open_metrics(setting, wandb_id) as metrics,
-        open_checkpointer(setting, uploader) as checkpointer,
+        open_checkpointer(setting, uploader, preemption) as checkpointer,
     ):
         reporter = Reporter(metrics, console, plan, world, config.log.log_every_n_steps)
         extra = {"wandb_run_id": wandb_id, "rollbacks": rollbacks_of(setting.loaded)}
-        saver = Saver(checkpointer, learner.model, learner.optimizer, config, plan, world, extra, learner.loss_scale)
+        saver = Saver(
+            *(checkpointer, learner.model, learner.optimizer, config, plan, world, extra),
+            loss_scale=learner.loss_scale,
+            start_step=step,
+        )
 
         def evaluate(done: int) -> bool:
             figures = evaluator.evaluate(learner.wrapped, epoch=plan.epoch_of(done), is_last=done >= plan.total_steps)
@@ -294,7 +316,7 @@ def build_rollback(
     )
 
 
-def open_checkpointer(setting: Setting, uploader: Uploader | None) -> Checkpointer:
+def open_checkpointer(setting: Setting, uploader: Uploader | None, preemption: Preemption) -> Checkpointer:
     """The writer of the run's checkpoints; it cleans up what a killed one left behind."""
     run, world = setting.config.run, setting.world
     with world.collectively("opening the checkpoint folder"):
@@ -304,6 +326,7 @@ def open_checkpointer(setting: Setting, uploader: Uploader | None) -> Checkpoint
             keep_last=run.keep_last,
             delete_previous=run.delete_previous_checkpoint,
             uploader=uploader,
+            on_saved=partial(preemption.allow_for, "save"),
         )
 
 

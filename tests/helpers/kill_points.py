@@ -1,7 +1,7 @@
-"""Kills a training process from inside, at a named place. Knows the places by the functions and files of `training`.
+"""Signals a training process from inside, at a named place. Knows the places by functions and files of `training`.
 
-`arm` is called in the process before the program starts. A place is passed many times in a run: the process dies, with
-its whole group, when it has passed its place often enough. What it was is noted in a file first.
+`arm` is called in the process before the program starts. A place is passed many times in a run: when it has been
+passed often enough, this is noted in a file, and the process gets the signal; SIGKILL with its whole group.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ CHECKPOINT_FILES = (
     *("model.safetensors", "optimizer.safetensors", "state.json", "data.json"),
     *("config.yaml", "model_config.json", "manifest.json"),
 )
-RUN_FILES = {"config.yaml.tmp": "run's config.yaml", "metrics.jsonl": "metrics line", "metrics.jsonl.tmp": "metrics cut"}
+RUN_FILES = {
+    "config.yaml.tmp": "run's config.yaml",
+    "metrics.jsonl": "metrics line",
+    "metrics.jsonl.tmp": "metrics cut",
+}
 # Places that rank 0 alone passes; all of them while it has files in hand.
 WRITING = (
     *(f"write {name}" for name in CHECKPOINT_FILES),
@@ -31,55 +35,74 @@ WRITING = (
     *("before rename: rotation", "deletion in rotation", "cleaning of leftovers"),
     *("snapshot", "memory of snapshots"),
 )
-RUNNING = ("verify", "load", "step", "batch", "evaluation")
+STARTING = ("gathering of ranks", "load", "model", "preflight", "first batch")
+RUNNING = (*STARTING, "verify", "step", "batch", "evaluation", "classifier", "end")
 PLACES = (*WRITING, *RUNNING)
 # Places that a process passes once at most.
 ONCE = (
     *("write run's config.yaml", "before rename: run's config.yaml", "write metrics cut"),
-    *("before rename: metrics cut", "memory of snapshots", "load"),
+    *("before rename: metrics cut", "memory of snapshots", "end", *STARTING),
 )
 
 
-class Death:
-    """Counts how often a place is passed; at the given time it notes the place and kills."""
+class Blow:
+    """Counts how often a place is passed; at the given time it notes the place and sends the signal."""
 
-    def __init__(self, place: str, passes: int, hits: str):
-        self._place, self._passes, self._hits = place, passes, hits
+    def __init__(self, place: str, passes: int, number: int, hits: str):
+        self._place, self._passes, self._number, self._hits = place, passes, number, hits
         self._lock = threading.Lock()
 
     def is_due(self, place: str) -> bool:
-        """True once, when this is the pass at which to die."""
+        """True once, when this is the pass that counts."""
         if place != self._place:
             return False
         with self._lock:
             self._passes -= 1
             return self._passes == 0
 
-    def die(self) -> None:
-        """SIGKILL to the process group, as a power cut would."""
+    def fall(self) -> None:
+        """SIGKILL goes to the process group, as a power cut would, and there is no return; others to the process."""
         note = os.open(self._hits, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.write(note, f"{self._place}\n".encode())
-        os.killpg(os.getpgid(0), signal.SIGKILL)
-        threading.Event().wait()
+        os.close(note)
+        if self._number == signal.SIGKILL:
+            os.killpg(os.getpgid(0), signal.SIGKILL)
+            threading.Event().wait()
+        os.kill(os.getpid(), self._number)
 
     def passed(self, place: str) -> None:
         """To be called at every place."""
         if self.is_due(place):
-            self.die()
+            self.fall()
 
 
-def arm(place: str, passes: int, run_dir: str, hits: str) -> None:
-    """Die when `place` has been passed `passes` times; `hits` is the file that learns of it."""
-    death = Death(place, passes, hits)
-    _watch_writes(death, Path(run_dir))
-    _watch_files(death, Path(run_dir))
-    _watch_functions(death)
+def arm(place: str, passes: int, run_dir: str, hits: str, number: int = signal.SIGKILL) -> None:
+    """Send `number` when `place` has been passed `passes` times; `hits` is the file that learns of it."""
+    blow = Blow(place, passes, number, hits)
+    _watch_writes(blow, Path(run_dir))
+    _watch_files(blow, Path(run_dir))
+    _watch_functions(blow)
+
+
+def hold_signals() -> None:
+    """Signals wait until the program has its handlers. Before that, in its first moments, they end it."""
+    from training.preemption import SIGNALS, Preemption
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    enter = Preemption.__enter__
+
+    def entered(self: Preemption) -> Preemption:
+        enter(self)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        return self
+
+    Preemption.__enter__ = entered  # type: ignore[method-assign]
 
 
 # ---- files
 
 
-def _watch_writes(death: Death, run_dir: Path) -> None:
+def _watch_writes(blow: Blow, run_dir: Path) -> None:
     """A file of the run is torn in the middle of one of its writes."""
     plain = Path.open
 
@@ -87,7 +110,7 @@ def _watch_writes(death: Death, run_dir: Path) -> None:
         place = _file_place(self, run_dir)
         if place is None or "r" in mode:
             return plain(self, mode, buffering, *args, **kwargs)
-        raw = _Torn(self, mode, death, place)
+        raw = _Torn(self, mode, blow, place)
         if buffering == 0:
             return raw
         binary = io.BufferedWriter(raw, buffering if buffering > 1 else io.DEFAULT_BUFFER_SIZE)
@@ -97,14 +120,15 @@ def _watch_writes(death: Death, run_dir: Path) -> None:
 
 
 class _Torn(io.FileIO):
-    def __init__(self, path: Path, mode: str, death: Death, place: str):
+    def __init__(self, path: Path, mode: str, blow: Blow, place: str):
         super().__init__(path, mode.replace("b", "").replace("t", ""))
-        self._death, self._place = death, place
+        self._blow, self._place = blow, place
 
     def write(self, content: Any) -> int:
-        if self._death.is_due(self._place):
-            super().write(bytes(content)[: len(content) // 2])
-            self._death.die()
+        if self._blow.is_due(self._place):
+            written = super().write(bytes(content)[: len(content) // 2])
+            self._blow.fall()
+            return written
         return super().write(content)
 
 
@@ -116,25 +140,25 @@ def _file_place(path: Path, run_dir: Path) -> str | None:
     return f"write {path.name}" if path.parent.name.startswith(".tmp-") else None
 
 
-def _watch_files(death: Death, run_dir: Path) -> None:
+def _watch_files(blow: Blow, run_dir: Path) -> None:
     """Renames and deletions in the run's folder, and what makes them last."""
     fsync, deletes = os.fsync, threading.local()
 
     def watched_fsync(descriptor: int) -> None:
-        death.passed("before fsync")
+        blow.passed("before fsync")
         fsync(descriptor)
-        death.passed("after fsync")
+        blow.passed("after fsync")
 
     os.fsync = watched_fsync
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "os.rename" and (place := _rename_place(*map(str, arguments[:2]))):
-            death.passed(f"before rename: {place}")
+            blow.passed(f"before rename: {place}")
         elif event == "shutil.rmtree":
             match = re.match(r"\.(deleted|tmp)-", os.path.basename(arguments[0]))
             deletes.place = match and {"deleted": "deletion in rotation", "tmp": "cleaning of leftovers"}[match[1]]
         elif event == "os.remove" and getattr(deletes, "place", None):
-            death.passed(deletes.place)
+            blow.passed(deletes.place)
 
     sys.addaudithook(hook)
 
@@ -151,7 +175,9 @@ def _rename_place(source: str, target: str) -> str | None:
 # ---- functions
 
 
-def _watch_functions(death: Death) -> None:
+def _watch_functions(blow: Blow) -> None:
+    import data
+    import training.distributed
     import training.run
     from training import checkpoint, checkpoint_files
     from training.evaluation import evaluator
@@ -159,10 +185,10 @@ def _watch_functions(death: Death) -> None:
     from training.step import TrainStep
 
     def before(owner: Any, name: str, place: str) -> None:
-        _wrap(owner, name, lambda call: (death.passed(place), call())[1])
+        _wrap(owner, name, lambda call: (blow.passed(place), call())[1])
 
     def after(owner: Any, name: str, place: str) -> None:
-        _wrap(owner, name, lambda call: (call(), death.passed(place))[0])
+        _wrap(owner, name, lambda call: (call(), blow.passed(place))[0])
 
     before(checkpoint.HostCopy, "_buffer", "snapshot")
     before(checkpoint.HostCopy, "reserve", "memory of snapshots")
@@ -174,6 +200,12 @@ def _watch_functions(death: Death) -> None:
     after(Feed, "next", "batch")
     before(evaluator.Evaluator, "_zeroshot", "evaluation")
     before(evaluator.Evaluator, "_pairs", "evaluation")
+    after(evaluator, "build_classifier", "classifier")
+    before(training.distributed, "call_roll", "gathering of ranks")
+    before(training.run, "build_learner", "model")
+    before(data, "run_preflight", "preflight")
+    before(Feed, "__init__", "first batch")
+    after(training.run, "run_loop", "end")
 
 
 def _wrap(owner: Any, name: str, around: Callable[[Callable[[], Any]], Any]) -> None:
@@ -205,5 +237,3 @@ def samples_noted(path: Path) -> dict[int, set[tuple[str, ...]]]:
         step, keys = json.loads(line)
         found.setdefault(step, set()).add(tuple(keys))
     return found
-
-

@@ -115,19 +115,17 @@ class Child:
         assert code is not None, f"process {self.pid} still runs after {timeout_s:g} s:\n{self.output}"
         return code
 
-    def session(self) -> list[str]:
-        """Command lines of the processes of this child's session that are still there."""
-        return [text for pid in Path("/proc").iterdir() if pid.name.isdigit() and (text := _member(pid, self.pid))]
+    def session(self) -> list[Path]:
+        """Those processes of this child's session that are still there, as their folders in /proc."""
+        return [path for path in Path("/proc").iterdir() if path.name.isdigit() and _is_member(path, self.pid)]
 
 
-def _member(process: Path, session: int) -> str | None:
+def _is_member(process: Path, session: int) -> bool:
     try:
         state, _, _, its_session = re.sub(r".*\) ", "", (process / "stat").read_text(), flags=re.DOTALL).split()[:4]
-        if int(its_session) != session or state == "Z":
-            return None
-        return f"{process.name} {(process / 'cmdline').read_text()!r}"
     except OSError:
-        return None  # It ended while it was looked at.
+        return False  # It ended while it was looked at.
+    return int(its_session) == session and state != "Z"
 
 
 # ---- the server

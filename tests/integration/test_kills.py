@@ -123,5 +123,3 @@ def test_runs_killed_a_thousand_times_are_bitwise_the_uninterrupted_ones(
         tormentor = _torment(tmp_path, int(os.environ.get("KILLS", "1000")), COURSES, share=25)
         print(f"\n{tormentor.table()}\nin {(time.monotonic() - started) / 60:.0f} minutes")
     assert not set(PLACES) - set(tormentor.kills), tormentor.table()
-
-
