@@ -186,8 +186,8 @@ class RunConfig:
     )
     preempt_margin_s: float = option(
         180.0,
-        "seconds before the job's end (CLIPYARD_END_TIME, SLURM_JOB_END_TIME or what squeue says) at which the run saves "
-        "and stops; twice the time of the last save, and of its upload, comes on top",
+        "seconds before the job's end (CLIPYARD_END_TIME, SLURM_JOB_END_TIME or what squeue says) at which the run "
+        "saves and stops; twice the time of the last save, and of its upload, comes on top",
     )
     dry_run: bool = option(
         False,

@@ -1,7 +1,7 @@
 """Signals and the job's end time, turned into one question: should this run save and stop?
 
 Knows nothing of steps or files, and of ranks only which one asks Slurm. A handler only sets a flag: saving inside
-one hangs, and a rank that decides alone leaves the others waiting. The loop asks `requested()` and lets all ranks agree.
+one hangs, and a rank that decides alone leaves the others waiting. The loop asks `requested()`, and all ranks agree.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+FROM_CLUSTER = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (*FROM_CLUSTER, signal.SIGINT)
 END_TIME_VARIABLES = ("CLIPYARD_END_TIME", "SLURM_JOB_END_TIME")
 SQUEUE_WITHIN_S = 10.0
 # The write that is under way when the stop is asked for, and the last one.
@@ -47,6 +48,7 @@ class Preemption:
         self._takes_s: dict[str, float] = {}
         self._signal: int | None = None
         self._owner = os.getpid()
+        self._shield: _Shield | None = None
         self._previous: dict[int, Any] = {}
         self._began = clock()
         self._end = read_end(environment, self._began)
@@ -80,6 +82,7 @@ class Preemption:
         # Only the main thread may install handlers; elsewhere the deadline still counts.
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+            self._shield = _Shield()
             _shield_resource_tracker()
         if self._end is None:
             # After the handlers: Slurm may take its time to answer.
@@ -89,6 +92,8 @@ class Preemption:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._shield is not None:
+            self._shield.lower()
         for number, handler in self._previous.items():
             # None stands for a handler that was not installed from Python and cannot be put back from it.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -100,6 +105,33 @@ class Preemption:
         if number == signal.SIGINT and self._signal == signal.SIGINT:
             raise KeyboardInterrupt
         self._signal = number
+
+
+class _Shield:
+    """Processes that this one starts from now on do not see the signals of a cluster, which sends them to all of a job.
+
+    Compilers and their pools, commands of `pipe:` and trackers' services would end by them, and the save with them.
+    What is started inherits what its thread blocks: so the main thread blocks, and one that starts nothing does not.
+    """
+
+    def __init__(self) -> None:
+        self._earlier = signal.pthread_sigmask(signal.SIG_BLOCK, FROM_CLUSTER)
+        self._is_over, self._is_open = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._receive, name="signals", daemon=True)
+        self._thread.start()
+        self._is_open.wait()
+
+    def _receive(self) -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FROM_CLUSTER)
+        self._is_open.set()
+        # Python calls handlers in the main thread, whatever thread the system interrupts.
+        self._is_over.wait()
+
+    def lower(self) -> None:
+        """As it was before."""
+        self._is_over.set()
+        self._thread.join()
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._earlier)
 
 
 def _shield_resource_tracker() -> None:

@@ -44,6 +44,7 @@ class Course:
     workers: int = 0
     epochs: int = 5
     flags: tuple[str, ...] = ()
+    remote: bool = False  # with a second copy at a path
 
     @property
     def num_steps(self) -> int:
@@ -77,6 +78,11 @@ class Attempt:
     def run_dir(self) -> Path:
         """The run's folder."""
         return self.home / "run"
+
+    @property
+    def remote(self) -> Path:
+        """Where the second copy goes."""
+        return self.home / "remote"
 
     @property
     def checkpoints(self) -> Path:
@@ -118,6 +124,7 @@ class Attempt:
             *("--zeroshot-data", f"shapes={data}/labelled", "--zeroshot-frequency", "2"),
             *("--log-every-n-steps", "1", "--progress", "lines", "--logs", str(self.home), "--name", "run"),
             *course.flags,
+            *(("--remote-sync", str(self.remote)) if course.remote else ()),
         )
 
     def forget(self) -> None:
@@ -132,6 +139,11 @@ class Attempt:
         folder, passed_over = find_latest(self.checkpoints)
         assert passed_over == [], passed_over
         return -1 if folder is None else verify_checkpoint(folder, checksums=False).step
+
+    def newest_at_remote(self) -> int:
+        """The same at the remote, where a folder without a manifest is none yet, or none any more."""
+        folders = [path.parent for path in (self.remote / "run" / "checkpoints").glob("*/manifest.json")]
+        return max((verify_checkpoint(folder).step for folder in folders), default=-1)
 
     def leftovers(self, children: Sequence[Child]) -> list[Path]:
         """Processes, shared memory and scratch files of runs that have ended."""
@@ -168,7 +180,16 @@ def _describe(path: Path) -> str:
 
 def saved_steps(output: str) -> Iterator[int]:
     """The steps of which the console says that they are saved."""
-    for kind, number in re.findall(r"^saved \S+/(epoch|step)_(\d+): ", output, re.MULTILINE):
+    return _steps(r"^saved .+/(epoch|step)_(\d+): ", output)
+
+
+def uploaded_steps(output: str) -> Iterator[int]:
+    """The steps of which the console says that they are at the remote."""
+    return _steps(r"^uploaded (epoch|step)_(\d+) to ", output)
+
+
+def _steps(pattern: str, output: str) -> Iterator[int]:
+    for kind, number in re.findall(pattern, output, re.MULTILINE):
         yield int(number) * (STEPS_AN_EPOCH if kind == "epoch" else 1)
 
 

@@ -21,6 +21,7 @@ CHECKPOINT_FILES = (
     *("model.safetensors", "optimizer.safetensors", "state.json", "data.json"),
     *("config.yaml", "model_config.json", "manifest.json"),
 )
+RENAMED = {"metrics.jsonl.fetched": "fetched metrics", "manifest.json.tmp": "uploaded manifest"}
 RUN_FILES = {
     "config.yaml.tmp": "run's config.yaml",
     "metrics.jsonl": "metrics line",
@@ -38,10 +39,15 @@ WRITING = (
 STARTING = ("gathering of ranks", "load", "model", "preflight", "first batch")
 RUNNING = (*STARTING, "verify", "step", "batch", "evaluation", "classifier", "end")
 PLACES = (*WRITING, *RUNNING)
+# With --remote-sync to a path.
+REMOTE = (
+    *("upload of a file", "upload of a manifest", "before rename: uploaded manifest", "deletion at the remote"),
+    *("download of a file", "before rename: fetched metrics"),
+)
 # Places that a process passes once at most.
 ONCE = (
     *("write run's config.yaml", "before rename: run's config.yaml", "write metrics cut"),
-    *("before rename: metrics cut", "memory of snapshots", "end", *STARTING),
+    *("before rename: metrics cut", "memory of snapshots", "end", "before rename: fetched metrics", *STARTING),
 )
 
 
@@ -93,7 +99,7 @@ def hold_signals() -> None:
 
     def entered(self: Preemption) -> Preemption:
         enter(self)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # the others have a thread of their own now
         return self
 
     Preemption.__enter__ = entered  # type: ignore[method-assign]
@@ -169,19 +175,22 @@ def _rename_place(source: str, target: str) -> str | None:
         return "checkpoint"
     if os.path.basename(target).startswith(".deleted-"):
         return "rotation"
-    return RUN_FILES.get(name)
+    return (RUN_FILES | RENAMED).get(name)
 
 
 # ---- functions
 
 
 def _watch_functions(blow: Blow) -> None:
+    from fsspec.implementations.local import LocalFileSystem
+
     import data
     import training.distributed
     import training.run
     from training import checkpoint, checkpoint_files
     from training.evaluation import evaluator
     from training.feed import Feed
+    from training.remote import Remote
     from training.step import TrainStep
 
     def before(owner: Any, name: str, place: str) -> None:
@@ -190,6 +199,10 @@ def _watch_functions(blow: Blow) -> None:
     def after(owner: Any, name: str, place: str) -> None:
         _wrap(owner, name, lambda call: (call(), blow.passed(place))[0])
 
+    before(Remote, "_put_whole", "upload of a manifest")
+    before(LocalFileSystem, "rm_file", "deletion at the remote")
+    _tear_copies(LocalFileSystem, "put_file", "upload of a file", blow)
+    _tear_copies(LocalFileSystem, "get_file", "download of a file", blow)
     before(checkpoint.HostCopy, "_buffer", "snapshot")
     before(checkpoint.HostCopy, "reserve", "memory of snapshots")
     after(checkpoint_files, "_write_file", "between files")
@@ -211,6 +224,20 @@ def _watch_functions(blow: Blow) -> None:
 def _wrap(owner: Any, name: str, around: Callable[[Callable[[], Any]], Any]) -> None:
     inner = getattr(owner, name)
     setattr(owner, name, lambda *args, **kwargs: around(lambda: inner(*args, **kwargs)))
+
+
+def _tear_copies(system: Any, name: str, place: str, blow: Blow) -> None:
+    """A copy ends in the middle of its file."""
+    inner = getattr(system, name)
+
+    def copy(self: Any, source: str, target: str, **options: Any) -> Any:
+        if blow.is_due(place):
+            content = Path(source).read_bytes()
+            Path(target).write_bytes(content[: len(content) // 2])
+            blow.fall()
+        return inner(self, source, target, **options)
+
+    setattr(system, name, copy)
 
 
 # ---- samples

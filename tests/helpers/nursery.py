@@ -55,6 +55,7 @@ class Nursery:
 
     def start(self, order: Order) -> Child:
         """A child that has just been forked."""
+        Path(order.log).touch()
         self._connection.send(order)
         child = Child(self, self._receive_until(lambda message: message[0] == "started")[1], Path(order.log))
         self._alive[child.pid] = child
@@ -100,7 +101,10 @@ class Child:
     def signal(self, number: int, *, group: bool = False) -> None:
         """Sends a signal to the program, or to it and the processes of its group; nothing where it has ended."""
         with contextlib.suppress(ProcessLookupError):
-            (os.killpg if group else os.kill)(self.pid, number)
+            try:
+                (os.killpg if group else os.kill)(self.pid, number)
+            except ProcessLookupError:
+                os.kill(self.pid, number)  # so young that it has no group yet
 
     def kill(self) -> int:
         """SIGKILL to the whole process group; returns when the program is gone."""

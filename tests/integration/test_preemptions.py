@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -114,4 +115,4 @@ def test_runs_preempted_hundreds_of_times_are_bitwise_the_uninterrupted_ones(
         while preemptor.signals.total() < number:
             for course in COURSES:
                 preemptor.disturb(course, signals=8)
-        print(f"\n{preemptor.table()}\nin {(time.monotonic() - started) / 60:.0f} minutes")
+        sys.stdout.write(f"\n{preemptor.table()}\nin {(time.monotonic() - started) / 60:.0f} minutes\n")

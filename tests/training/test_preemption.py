@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from training.preemption import SIGNALS, Preemption, ask_slurm, read_end
+from tests.helpers.process import poll
+from training.preemption import FROM_CLUSTER, SIGNALS, Preemption, ask_slurm, read_end
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -22,6 +23,7 @@ def test_a_signal_is_a_request_with_its_name(number: signal.Signals) -> None:
     with Preemption(environment={}) as preemption:
         assert preemption.requested() is None
         os.kill(os.getpid(), number)
+        poll(preemption.requested, 30, "request")
         assert preemption.requested() == f"signal {number.name}"
 
 
@@ -35,7 +37,8 @@ def test_a_second_interrupt_interrupts() -> None:
 
 def test_one_interrupt_after_a_signal_of_the_scheduler_is_not_the_second() -> None:
     with Preemption(environment={}) as preemption:
-        signal.raise_signal(signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        poll(preemption.requested, 30, "request")
         signal.raise_signal(signal.SIGINT)
         assert preemption.requested() == "signal SIGINT"
 
@@ -169,6 +172,21 @@ def test_a_controller_that_does_not_answer_costs_a_short_time_and_a_warning(
 def test_without_the_command_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
     assert ask_slurm({"PATH": "/nowhere", **JOB}, now=0.0) is None
     assert caplog.text == ""
+
+
+# ---- other processes of the run
+
+
+def test_programs_that_the_run_starts_do_not_see_the_signals_of_the_cluster() -> None:
+    with Preemption(environment={}):
+        program = subprocess.Popen(["sleep", "60"])
+        for number in FROM_CLUSTER:
+            program.send_signal(number)
+        time.sleep(0.2)
+        assert program.poll() is None
+        program.kill()
+        assert program.wait() == -signal.SIGKILL
+    assert not set(FROM_CLUSTER) & signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 WITH_CHILD = """

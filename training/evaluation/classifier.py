@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from training.distributed import World
 from training.errors import ConfigError
-from training.evaluation.feed import ShouldStop
 from training.evaluation.features import Tokenize, encode_texts, evaluating, in_shared_blocks
+from training.evaluation.feed import ShouldStop
 
 PLACEHOLDERS = ("{c}", "{}")
 # Our own wording, for sets that come without templates.
