@@ -234,7 +234,7 @@ class HostCopy:
         """Allocate, and touch every page: the first touch costs far more than the copy itself."""
         for file, tensors in files.items():
             for key, tensor in tensors.items():
-                self._buffer(file, key, tensor).zero_()
+                self.buffer(file, key, tensor).zero_()
 
     def copy(self, files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
         """The same names with copies on the host, complete on return; overwritten by the next call."""
@@ -244,14 +244,15 @@ class HostCopy:
             copies[file] = {}
             # One at a time, and once: of a sharded model each tensor is gathered here, and exists no longer than this.
             for key, tensor in tensors.items():
-                copies[file][key] = self._buffer(file, key, tensor).copy_(tensor.detach(), non_blocking=True)
+                copies[file][key] = self.buffer(file, key, tensor).copy_(tensor.detach(), non_blocking=True)
                 from_gpu |= tensor.is_cuda
         if from_gpu:
             # Host sync: the copies must have arrived before the optimiser goes on changing their sources.
             torch.cuda.synchronize()
         return copies
 
-    def _buffer(self, file: str, key: str, tensor: Tensor) -> Tensor:
+    def buffer(self, file: str, key: str, tensor: Tensor) -> Tensor:
+        """The memory for a tensor like this one under these names."""
         buffer = self._buffers.get((file, key))
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)

@@ -35,7 +35,7 @@ from training.errors import CheckpointError, CheckpointWriteError
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
-_CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 16 << 20
 _NAME = re.compile(r"(epoch|step)_(\d+)")
 _LEFTOVER = re.compile(r"\.(tmp|replaced|deleted)-((?:epoch|step)_\d+)-(.+)-(\d+)")
 _SAFETENSORS_DTYPES = {
@@ -141,7 +141,7 @@ def _fill(
 
 def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> FileEntry:
     """Write and fsync. The checksum is computed while the disk works: it costs no time of its own there."""
-    chunks = [piece[at : at + _CHUNK_BYTES] for piece in pieces for at in range(0, len(piece), _CHUNK_BYTES)]
+    chunks = [piece[at : at + CHUNK_BYTES] for piece in pieces for at in range(0, len(piece), CHUNK_BYTES)]
     with ThreadPoolExecutor(1) as pool, path.open("wb", buffering=1 << 20) as file:
         for chunk in chunks:
             file.write(chunk)
@@ -294,7 +294,7 @@ def _size_of(path: Path) -> int:
 
 
 def _crc32_of_file(path: Path) -> int:
-    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    buffer = memoryview(bytearray(CHUNK_BYTES))
     checksum = 0
     try:
         with path.open("rb", buffering=0) as file:

@@ -33,7 +33,7 @@ CHECKPOINTS = "checkpoints"
 # At the start somebody waits; clients of some stores insist for many minutes.
 ANSWER_WITHIN_S = 60.0
 # Elsewhere folders are parts of names: asked for one, clients of object stores would make a missing bucket.
-_HAVE_FOLDERS = {"file", "local", "memory", "sftp", "ssh", "smb", "ftp", "hdfs", "arrow_hdfs", "webhdfs", "dbfs"}
+_HAVE_FOLDERS = {"file", "local", "sftp", "ssh", "smb", "ftp", "hdfs", "arrow_hdfs", "webhdfs", "dbfs"}
 _HOPELESS_ERRNO = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 _HOPELESS = (ImportError, FileNotFoundError, PermissionError, NotImplementedError, ValueError, TypeError)
 _THREADS = 8
@@ -144,7 +144,11 @@ class Remote:
             return
         temporary = f"{target}.tmp"
         self._fs.pipe_file(temporary, content)
-        self._fs.mv(temporary, target)
+        try:
+            self._fs.mv(temporary, target)
+        except FileExistsError:  # not every rename replaces
+            self._fs.rm_file(target)
+            self._fs.mv(temporary, target)
 
     # ---- out
 
@@ -179,7 +183,8 @@ class Remote:
             folder = self._path(self._name_of(name))
             for path in self._fs.find(folder):
                 self._fs.rm_file(path)
-            if self._has_folders and self._fs.isdir(folder):
+            # fsspec's memory has folders when they are empty, and no renames into them.
+            if (self._has_folders or "memory" in _protocols(self._fs)) and self._fs.isdir(folder):
                 self._fs.rmdir(folder)
             self._fs.invalidate_cache()
 
@@ -245,9 +250,14 @@ def remote_checkpoint(url: str) -> tuple[Remote, str]:
     return Remote(parent, checkpoints=""), name
 
 
+def run_remote(url: str, name: str) -> Remote:
+    """The remote folder of the run `name` under --remote-sync `url`; asks nobody."""
+    return Remote(f"{url.rstrip('/')}/{name}")
+
+
 def open_remote(url: str, name: str, run_dir: Path) -> Remote:
     """The remote folder of the run `name`, found to be writable. ConfigError; RemoteError where nobody answers."""
-    remote = Remote(f"{url.rstrip('/')}/{name}")
+    remote = run_remote(url, name)
 
     def look() -> None:
         with remote._asking("cannot be opened", hopeless=ConfigError):

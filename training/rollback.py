@@ -18,6 +18,7 @@ from training.distributed import World
 from training.errors import CheckpointError, NonFiniteError
 from training.feed import Feed
 from training.guard import RollbackDue
+from training.nodes import on_every_node
 from training.plan import Plan
 from training.report import Reporter
 from training.saving import Saver
@@ -49,7 +50,9 @@ class Rollback:
     def __call__(self, due: RollbackDue) -> int:
         """Raises NonFiniteError, on all ranks alike, when the limit is reached or there is nothing to go back to."""
         self.saver.finish()
-        folder = self.world.on_main(lambda: self._choose(due), "--on-nonfinite rollback")
+        # Checksums of large files take their time.
+        folder = self.world.on_main_at_length(lambda: self._choose(due), "--on-nonfinite rollback")
+        folder = on_every_node(self.world, folder, self.directory.parent, None)
         with self.world.collectively(f"going back to {folder}"):
             loaded = load_checkpoint(folder)
             restore(self.learner, loaded)
@@ -100,9 +103,10 @@ class Rollback:
         """Checkpoints of the future that is given up go away: the newest must be the one that the run goes on from."""
         with self.world.collectively("--on-nonfinite rollback"):
             if self.world.is_main:
+                discard(self._beyond(step * self.plan.global_batch))
+                # Order matters: what is still here counts as wanted there.
                 if self.uploader is not None:
                     self.uploader.rewind(step * self.plan.global_batch)
-                discard(self._beyond(step * self.plan.global_batch))
         self.saver.save_again(step, self.feed, {"rollbacks": self.num_done})
 
     def _beyond(self, samples: int) -> list[Path]:

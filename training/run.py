@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import data
 import models
-from training.checkpoint import Checkpointer, LoadedCheckpoint, Progress, StartState, decide_start
+from training.checkpoint import Checkpointer, LoadedCheckpoint, Progress, Resume, StartState, decide_start
 from training.config import RunConfig, TrainConfig, to_flat
 from training.console import Console, logging_to
 from training.distributed import World
@@ -21,10 +21,11 @@ from training.folder import RunFolder, run_folder
 from training.guard import NonFiniteGuard
 from training.loop import Cadence, Job, run_loop
 from training.metrics import MetricsLog, read_metrics
+from training.nodes import on_every_node, refuse_newer_elsewhere
 from training.optimizer import describe_optimizer
 from training.plan import Plan, make_plan
 from training.preemption import Preemption
-from training.remote import Remote, open_remote
+from training.remote import open_remote, run_remote
 from training.report import Reporter
 from training.rollback import Rollback, rollbacks_of
 from training.saving import Saver
@@ -44,6 +45,7 @@ from training.setup import (
     start_progress,
 )
 from training.sinks import SinkSettings, build_trackers, new_wandb_id, parse_report_to
+from training.start import LATEST
 from training.teacher import resolve_teacher
 from training.uploader import Uploader, finish_upload
 
@@ -121,13 +123,19 @@ def errors_noted() -> Iterator[None]:
 def find_start(config: TrainConfig, world: World, folder: RunFolder) -> StartState:
     """Where the run begins, here or at its remote; a remote that cannot be used is refused here."""
     url = config.run.remote_sync
-    return decide_start(
+    start = decide_start(
         world,
         folder.path,
         resume=config.run.resume,
         pretrained=config.model.pretrained,
         opener=None if url is None else partial(open_remote, url, folder.path.name, folder.path),
     )
+    remote = None if url is None else run_remote(url, folder.path.name)
+    if config.run.resume == LATEST:
+        refuse_newer_elsewhere(world, start, folder.path, remote)
+    if isinstance(start, Resume):
+        return replace(start, folder=on_every_node(world, start.folder, folder.path, remote))
+    return start
 
 
 def settle(config: TrainConfig, world: World, folder: RunFolder, start: StartState) -> Setting:
@@ -231,7 +239,7 @@ def open_uploader(setting: Setting, preemption: Preemption) -> Iterator[Uploader
         yield None
         return
     uploader = Uploader(
-        Remote(f"{run.remote_sync.rstrip('/')}/{folder.path.name}"),
+        run_remote(run.remote_sync, folder.path.name),
         folder.path,
         keep_last=run.keep_last,
         delete_previous=run.delete_previous_checkpoint,

@@ -24,7 +24,7 @@ from training.checkpoint_files import (
 )
 from training.errors import CheckpointError, ConfigError, RemoteError
 from training.metrics import FILE_NAME as METRICS_FILE
-from training.remote import CHECKPOINTS, Remote, in_time, remote_checkpoint
+from training.remote import CHECKPOINTS, Remote, in_time, insist, remote_checkpoint
 from training.secrets import mask_text
 
 if TYPE_CHECKING:
@@ -196,13 +196,14 @@ def _verified(folder: Path) -> Path:
 
 def _fetch(remote: Remote, name: str, run_dir: Path) -> Path:
     """The checkpoint, and the run's numbers up to it: they are at the remote wherever one of its checkpoints is."""
-    metrics = remote.read(METRICS_FILE)
-    folder = remote.fetch(name, run_dir / CHECKPOINTS)
+    metrics = insist(lambda: remote.read(METRICS_FILE))
     if metrics is not None:
-        temporary = run_dir / f"{METRICS_FILE}.fetched"
+        # Order matters: a kill after the checkpoint has come must not leave it without its numbers.
+        run_dir.mkdir(parents=True, exist_ok=True)
+        temporary = run_dir / f"{METRICS_FILE}.tmp"
         temporary.write_bytes(metrics)
         os.replace(temporary, run_dir / METRICS_FILE)
-    return folder
+    return remote.fetch(name, run_dir / CHECKPOINTS)
 
 
 # ---- the named

@@ -93,7 +93,7 @@ class Uploader:
         self._awake.set()
 
     def rewind(self, samples: int) -> None:
-        """The run goes on from `samples` seen: what is from beyond belongs to a future that is given up."""
+        """The run goes on from `samples` seen: what is from beyond, and not here, is a future that is given up."""
         with self._lock:
             self._given_up_from = samples
         self.wake()

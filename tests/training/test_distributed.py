@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from models.errors import ConfigError
@@ -79,3 +81,35 @@ def test_values_of_any_length_come_together_on_rank_0_and_an_error_reaches_all()
     results = run_ranks(_gathered, 3)
     assert results[0] == (["x", "x" * 10, "x" * 100], "counting: rank 1: one is missing")
     assert results[1:] == [(None, "one is missing"), (None, "counting: rank 1: one is missing")]
+
+
+def _long_work(seconds: float, fails: bool) -> str:
+    with session(ClusterConfig(device="cpu", dist_timeout_s=5.0)) as world:
+
+        def work() -> str:
+            time.sleep(seconds)
+            if fails:
+                raise ConfigError("it was in vain")
+            return f"by rank {world.rank}"
+
+        try:
+            return world.on_main_at_length(work, "long work")
+        except (ConfigError, PeerError) as error:
+            return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fails", [False, True])
+def test_rank_0_may_work_for_longer_than_a_collective_may_take(fails: bool) -> None:
+    expected = ["ConfigError: it was in vain", "PeerError: long work: rank 0: it was in vain"]
+    assert run_ranks(_long_work, 2, 12.0, fails) == (expected if fails else ["by rank 0"] * 2)
+
+
+def test_a_world_of_one_works_at_length_too() -> None:
+    assert World().on_main_at_length(lambda: 3) == 3
+    with pytest.raises(ConfigError):
+        World().on_main_at_length(_raise_config_error)
+
+
+def _raise_config_error() -> None:
+    raise ConfigError("plain")

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
+import torch
 
 import models
+from tests.helpers.gloo import run_ranks
+from training.checkpoint import Checkpointer, optimizer_to_tensors
+from training.checkpoint import Progress as Done
+from training.config import ClusterConfig, TrainConfig
+from training.config import ModelConfig as ModelSection
+from training.distributed import World, session
 from training.errors import ConfigError
-from training.setup import cuts_padding
+from training.optimizer import parameter_names
+from training.setup import build_learner, cuts_padding, load_start, resolve_model
+from training.start import Fresh, Resume
 
 
 def _model(**text: object) -> models.ModelConfig:
@@ -32,3 +44,71 @@ def test_where_padding_counts_it_stays_and_the_log_says_why(
     assert not cuts_padding("full", _model(**text))
     with pytest.raises(ConfigError, match=f"--text-padding cut: the text tower of tiny-test .*{reason}"):
         cuts_padding("cut", _model(**text))
+
+
+# ---- what a rank reads of a checkpoint
+
+TINY = TrainConfig(
+    model=ModelSection(model="tiny-test", precision="fp32"),
+    cluster=ClusterConfig(device="cpu", rendezvous_timeout_s=60),
+)
+
+
+def _checkpoint(folder: Path) -> Path:
+    """Of a model after one step of its optimiser."""
+    learner = build_learner(TINY, resolve_model(TINY), Fresh(""), None, World())
+    for parameter in learner.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    learner.optimizer.step()
+    with Checkpointer(folder, World()) as checkpointer:
+        checkpointer.save(
+            "epoch_1",
+            progress=Done(1, 1, 8),
+            model_state=learner.model.state_dict(),
+            optimizer_state=optimizer_to_tensors(learner.optimizer, parameter_names(learner.model)),
+            data_position={},
+            config={},
+            model_config=learner.model.config.to_dict(),
+        )
+    return folder / "epoch_1"
+
+
+def _share_read(path: Path) -> float:
+    """Of the file's bytes, those that this process has in its memory through a mapping of it."""
+    kib, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            inside = words[-1] == str(path)
+        elif inside and words[0] == "Rss:":
+            kib += int(words[1])
+    return kib * 1024 / path.stat().st_size
+
+
+def _bytes_by_read_calls() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def _resume(folder: Path, fsdp: bool) -> tuple[float, float, float]:
+    """Shares of the model's and the optimiser's file that a rank has read, and bytes that it read without a mapping."""
+    config = replace(TINY, cluster=replace(TINY.cluster, fsdp=fsdp))
+    start = Resume(folder, 1, "")
+    with session(config.cluster) as world:
+        before = _bytes_by_read_calls()
+        loaded = load_start(start, world)
+        build_learner(config, resolve_model(config), start, loaded, world)
+        read = _bytes_by_read_calls() - before
+        return _share_read(folder / "model.safetensors"), _share_read(folder / "optimizer.safetensors"), read
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_weights_are_read_by_rank_0_alone_and_of_the_optimiser_s_state_only_a_rank_s_own_rows(
+    fsdp: bool, tmp_path: Path
+) -> None:
+    folder = _checkpoint(tmp_path)
+    main, other = run_ranks(_resume, 2, folder, fsdp, timeout_s=120)
+    assert main[0] > 0.95 and other[0] < 0.2
+    # A rank of DDP needs all of it; pages of the mapping are shared by the ranks of a node, and read once.
+    assert all((0.4 < share < 0.7) if fsdp else share > 0.95 for _, share, _ in (main, other))
+    # Python's own modules are read too; the checkpoint's 39 MiB are not.
+    assert max(main[2], other[2]) < 20 * 2**20
