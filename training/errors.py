@@ -41,6 +41,12 @@ class NonFiniteError(RuntimeError):
     exit_code = EXIT_FAILED
 
 
+class StoppedEarly(Exception):
+    """A rank was asked to stop before there was anything to save; raised on all ranks alike."""
+
+    exit_code = EXIT_PREEMPTED
+
+
 # What ends a run with one line and no traceback.
 UserError = (ConfigError, DataError, CheckpointError, NonFiniteError)
 
@@ -57,5 +63,6 @@ __all__ = [
     "NonFiniteError",
     "PeerError",
     "RemoteError",
+    "StoppedEarly",
     "UserError",
 ]

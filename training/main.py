@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from training.cli import parse_args
-from training.errors import EXIT_FAILED, PeerError, UserError
+from training.errors import EXIT_FAILED, PeerError, StoppedEarly, UserError
 from training.preemption import Preemption
 
 log = logging.getLogger("training.main")
@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         log.error("error: %s", error)
         return error.exit_code
+    except StoppedEarly as stop:
+        return stop.exit_code
     except PeerError as error:
         # The rank that met the error has said so itself.
         log.debug("%s", error)

@@ -14,7 +14,7 @@ from training.checkpoint import Checkpointer, LoadedCheckpoint, Progress, Resume
 from training.config import RunConfig, TrainConfig, to_flat
 from training.console import Console, logging_to
 from training.distributed import World
-from training.errors import EXIT_DONE, EXIT_PREEMPTED, PeerError, UserError
+from training.errors import EXIT_DONE, EXIT_PREEMPTED, PeerError, StoppedEarly, UserError
 from training.evaluation import Evaluator
 from training.feed import Feed
 from training.folder import RunFolder, run_folder
@@ -72,7 +72,7 @@ class Setting:
 def train(config: TrainConfig, world: World, preemption: Preemption) -> int:
     """Train as `config` says. Returns the exit code; raises the errors of `training.errors` on all ranks alike."""
     folder = run_folder(config, world)
-    start = find_start(config, world, folder)
+    start = find_start(config, world, folder, preemption)
     world.on_main(lambda: folder.create(config), "creating the run folder")
     with logging_to(folder.path, world.rank), errors_noted():
         setting = settle(config, world, folder, start)
@@ -81,13 +81,11 @@ def train(config: TrainConfig, world: World, preemption: Preemption) -> int:
         if is_complete(setting, evaluator):
             log.info("the run is complete: nothing to do")
             return EXIT_DONE
-        if asked_to_stop(world, preemption):
-            return EXIT_PREEMPTED
+        stop_if_asked(world, preemption)
         learner = build_learner(config, setting.model, start, setting.loaded, world)
         log.info("model: %s", describe_model(learner.model, config))
         log.info("optimiser: %s", describe_optimizer(learner.optimizer))
-        if asked_to_stop(world, preemption):
-            return EXIT_PREEMPTED
+        stop_if_asked(world, preemption)
         with (
             open_feed(setting, preemption) as feed,
             open_uploader(setting, preemption) as uploader,
@@ -101,35 +99,48 @@ def train(config: TrainConfig, world: World, preemption: Preemption) -> int:
     return EXIT_DONE if finished else EXIT_PREEMPTED
 
 
-def asked_to_stop(world: World, preemption: Preemption) -> bool:
-    """Whether any rank was asked to stop before the first step, when there is nothing to save yet. Collective."""
-    if not world.any(preemption.requested() is not None):  # Collective:
-        return False
-    log.info("stopped (%s) before the first step: nothing is lost", preemption.requested() or "another rank was asked")
-    return True
+def stop_if_asked(world: World, preemption: Preemption) -> None:
+    """Raises StoppedEarly on all ranks when any of them was asked to stop. Collective."""
+    if world.any(preemption.requested() is not None):  # Collective:
+        raise StoppedEarly
+
+
+@contextmanager
+def stop_noted(level: int) -> Iterator[None]:
+    """A stop before the first step leaves a line."""
+    try:
+        yield
+    except StoppedEarly:
+        log.log(level, "stopped before the first step: there is nothing to save")
+        raise
 
 
 @contextmanager
 def errors_noted() -> Iterator[None]:
     """Errors on their way to the console leave a line in train.log too."""
     try:
-        yield
+        with stop_noted(logging.INFO):
+            yield
+    except StoppedEarly:
+        raise
     except Exception as error:
         unforeseen = not isinstance(error, (*UserError, PeerError))
         log.error("%s: %s", type(error).__name__, error, exc_info=unforeseen, extra={"file_only": True})
         raise
 
 
-def find_start(config: TrainConfig, world: World, folder: RunFolder) -> StartState:
+def find_start(config: TrainConfig, world: World, folder: RunFolder, preemption: Preemption) -> StartState:
     """Where the run begins, here or at its remote; a remote that cannot be used is refused here."""
     url = config.run.remote_sync
-    start = decide_start(
-        world,
-        folder.path,
-        resume=config.run.resume,
-        pretrained=config.model.pretrained,
-        opener=None if url is None else partial(open_remote, url, folder.path.name, folder.path),
-    )
+    with stop_noted(logging.WARNING if world.is_main else logging.DEBUG):  # no log file yet, and no console of ours
+        start = decide_start(
+            world,
+            folder.path,
+            resume=config.run.resume,
+            pretrained=config.model.pretrained,
+            opener=None if url is None else partial(open_remote, url, folder.path.name, folder.path),
+            should_stop=lambda: preemption.requested() is not None,
+        )
     remote = None if url is None else run_remote(url, folder.path.name)
     if config.run.resume == LATEST:
         refuse_newer_elsewhere(world, start, folder.path, remote)

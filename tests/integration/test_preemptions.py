@@ -15,6 +15,7 @@ import pytest
 from tests.helpers.course import Attempt, Course, assert_same_run, run_whole, write_data
 from tests.helpers.kill_points import ONCE, PLACES, WRITING, arm, hold_signals, samples_noted
 from tests.helpers.nursery import Child, Nursery
+from tests.helpers.process import poll
 
 COURSES = (
     Course("two ranks", world_size=2, epochs=4, flags=("--save-every-n-steps", "3", "--keep-last", "1")),
@@ -116,3 +117,48 @@ def test_runs_preempted_hundreds_of_times_are_bitwise_the_uninterrupted_ones(
             for course in COURSES:
                 preemptor.disturb(course, signals=8)
         sys.stdout.write(f"\n{preemptor.table()}\nin {(time.monotonic() - started) / 60:.0f} minutes\n")
+
+
+@pytest.mark.slow
+def test_a_chain_of_jobs_that_end_soon_is_bitwise_the_uninterrupted_run(tmp_path: Path) -> None:
+    course = Course("short jobs", epochs=8, flags=("--save-frequency", "4"))
+    write_data(tmp_path / "data")
+    with Nursery() as nursery:
+        whole = run_whole(nursery, course, tmp_path / "data", tmp_path / "whole")
+        attempt = Attempt(course, tmp_path / "data", tmp_path / "chain")
+        output, jobs = "", 0
+        for jobs in range(1, 60):  # noqa: B007
+            end = time.time() + 0.8 * jobs**0.5  # a busy machine makes no step in the first ones
+            (child,) = attempt.start(nursery, env={"CLIPYARD_END_TIME": str(end)})
+            code = child.finish()
+            output += child.output
+            if code == 0:
+                break
+            assert code == 75, child.output
+        assert_same_run(attempt, whole)
+    assert jobs > 1 and "stopped (the job ends in 0 s), everything is saved" in output
+
+
+@pytest.mark.torture
+def test_a_signal_to_all_processes_of_a_job_that_compiles_is_outlived(tmp_path: Path) -> None:
+    """Compilers are children of the run; one that the signal ended would end the run with an error."""
+    course = Course("compiled", epochs=1, flags=("--torchcompile",))
+    write_data(tmp_path / "data")
+    with Nursery() as nursery:
+        attempt = Attempt(course, tmp_path / "data", tmp_path / "compiled")
+        cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+        (child,) = attempt.start(nursery, [[(hold_signals, ())]], env=cache)
+        compilers = poll(lambda: [path for path in child.session() if b"cc1plus" in _command(path)], 300, "a compiler")
+        child.signal(signal.SIGTERM, group=True)
+        assert b"cc1plus" in _command(compilers[0])
+        assert child.finish(900) == 75, child.output
+        assert attempt.newest() == 1
+        assert [c.finish(900) for c in attempt.start(nursery, env=cache)] == [0]
+    assert len(samples_noted(attempt.samples_file(0))) == course.num_steps
+
+
+def _command(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""
