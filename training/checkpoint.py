@@ -73,7 +73,7 @@ class Checkpointer:
     """Saves the checkpoints of a run into `directory`. On ranks other than the main one every method returns at once.
 
     keep_last: step checkpoints kept; those of epochs stay unless `delete_previous`.
-    uploader: told of each checkpoint; rotation leaves alone what it is reading.
+    uploader: told of each checkpoint; rotation leaves alone what it is reading. on_saved: told the seconds of each.
     A failed write is raised as CheckpointWriteError by the next `check`, `save`, `wait` or `close`, and by each
     after it: the caller shares it with the other ranks.
     """
@@ -86,12 +86,14 @@ class Checkpointer:
         keep_last: int = 2,
         delete_previous: bool = False,
         uploader: Uploader | None = None,
+        on_saved: Callable[[float], None] | None = None,
     ):
         self._directory = directory
         self._world = world
         self._keep_last = keep_last
         self._delete_previous = delete_previous
         self._uploader = uploader
+        self._on_saved = on_saved
         self._host = HostCopy()
         self._thread: threading.Thread | None = None
         self._error: CheckpointWriteError | None = None
@@ -203,6 +205,8 @@ class Checkpointer:
         seconds = time.perf_counter() - started
         mib = sum(entry.size for entry in manifest.files.values()) / 2**20
         logger.info("saved %s: %.0f MiB written in %.1f s, training stood %.2f s", folder, mib, seconds, stall_s)
+        if self._on_saved is not None:
+            self._on_saved(stall_s + seconds)
         if self._uploader is not None:
             self._uploader.wake()
         try:

@@ -184,6 +184,11 @@ class RunConfig:
     remote_sync_protocol: str | None = option(
         None, "no effect: the protocol is in the URL of --remote-sync", choices=("s3", "fsspec")
     )
+    preempt_margin_s: float = option(
+        180.0,
+        "seconds before the job's end (CLIPYARD_END_TIME, SLURM_JOB_END_TIME or what squeue says) at which the run "
+        "saves and stops; twice the time of the last save, and of its upload, comes on top",
+    )
     dry_run: bool = option(
         False,
         "build everything, make one step at the largest text length, print plan, memory and what would be refused, "

@@ -21,13 +21,14 @@ import torch
 import torch.distributed as dist
 
 from training.config import ClusterConfig
-from training.errors import EXIT_FAILED, ConfigError, PeerError
+from training.errors import EXIT_FAILED, ConfigError, PeerError, StoppedEarly
 from training.launch import Launch, read_launch
 from training.rollcall import call_roll, open_store
 
 T = TypeVar("T")
 
 _LONGEST_ROUND_S = 60.0
+_ASKING_ROUND_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -129,19 +130,26 @@ class World:
                 result = function()
         return self.broadcast_object(result)  # type: ignore[return-value]
 
-    def wait_for(self, is_done: Callable[[float], bool]) -> None:
+    def wait_for(self, is_done: Callable[[float], bool], should_stop: Callable[[], bool] | None = None) -> None:
         """Return when `is_done(seconds)`, which waits for at most that long, has been true on every rank.
 
         However long that takes: ranks meet in rounds that are shorter than what a collective may take.
+        Raises StoppedEarly on all ranks when `should_stop` is true on one while another waits.
         """
-        round_s = min(_LONGEST_ROUND_S, self.timeout_s / 4)
+        round_s = min(_LONGEST_ROUND_S if should_stop is None else _ASKING_ROUND_S, self.timeout_s / 4)
         while self.any(not is_done(round_s)):  # Collective:
-            pass
+            if should_stop is not None and self.any(should_stop()):  # Collective:
+                raise StoppedEarly
 
-    def on_main_at_length(self, function: Callable[[], T], what: str = "on rank 0") -> T:
-        """`on_main` for what may take longer than a collective may; `function` runs in a thread of its own."""
+    def on_main_at_length(
+        self, function: Callable[[], T], what: str = "on rank 0", should_stop: Callable[[], bool] | None = None
+    ) -> T:
+        """`on_main` for what may take longer than a collective may; `function` runs in a thread of its own.
+
+        Raises StoppedEarly on all ranks, and leaves that thread to itself, when one is asked to stop.
+        """
         errand = Errand(function) if self.is_main else None
-        self.wait_for(lambda seconds: errand is None or errand.is_done(seconds))
+        self.wait_for(lambda seconds: errand is None or errand.is_done(seconds), should_stop)
         return self.on_main(lambda: errand.result(), what)  # type: ignore[union-attr]
 
 

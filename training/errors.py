@@ -52,6 +52,12 @@ def describe_os_error(error: OSError) -> str:
     return ": ".join(str(part) for part in (error.filename, error.strerror or str(error)) if part)
 
 
+class StoppedEarly(Exception):
+    """A rank was asked to stop before there was anything to save; raised on all ranks alike."""
+
+    exit_code = EXIT_PREEMPTED
+
+
 # What ends a run with one line and no traceback.
 UserError = (ConfigError, DataError, CheckpointError, NonFiniteError)
 
@@ -69,6 +75,7 @@ __all__ = [
     "NonFiniteError",
     "PeerError",
     "RemoteError",
+    "StoppedEarly",
     "UserError",
     "describe_os_error",
 ]

@@ -56,7 +56,7 @@ class Feed:
         self._world = world
         self._transfer = Transfer(world.device)
         self._stop_requested = stop_requested
-        self._position = loader.position()
+        self._note()
         self.save_requested = False
         self.data_time_s = 0.0
 
@@ -66,9 +66,11 @@ class Feed:
         Raises DataError on every rank when one rank's loader failed.
         """
         started = time.perf_counter()
-        batch, error = self._take()
+        # Asked before too: the wait for a first batch, or for storage that stands still, may be a long one.
+        stop = self._stop_requested()
+        batch, error = (None, None) if stop else self._take()
         self.data_time_s = time.perf_counter() - started
-        call = self._agree(error, save_due)
+        call = self._agree(error, stop or self._stop_requested(), save_due)
         if call is Call.ERROR:
             with self._world.collectively("data"):
                 if error is not None:
@@ -77,8 +79,13 @@ class Feed:
         if call is Call.STOP:
             return None
         assert batch is not None
-        self._position = self._loader.position()
+        self._note()
         return self._transfer(batch)
+
+    def _note(self) -> None:
+        """What a checkpoint holds is of the batches handed out; one that a stop leaves over counts for nothing."""
+        self._position = self._loader.position()
+        self._own_counts = self._loader.stats().counts()
 
     def _take(self) -> tuple[Batch | None, DataError | None]:
         try:
@@ -86,11 +93,11 @@ class Feed:
         except DataError as error:
             return None, error
 
-    def _agree(self, error: DataError | None, save_due: bool) -> Call:
+    def _agree(self, error: DataError | None, stop: bool, save_due: bool) -> Call:
         own = Call.STEP
         if error is not None:
             own = Call.ERROR
-        elif self._stop_requested():
+        elif stop:
             own = Call.STOP
         elif save_due:
             own = Call.SAVE
@@ -106,7 +113,7 @@ class Feed:
         On rank 0; elsewhere nothing to rely on. Collective.
         """
         totals = self._earlier_counts.copy()
-        for counts in self._world.gather_object(self._loader.stats().counts()) or []:  # Collective:
+        for counts in self._world.gather_object(self._own_counts) or []:  # Collective:
             totals.update(counts)
         return dict(sorted(totals.items()))
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from training.cli import parse_args
-from training.errors import EXIT_FAILED, PeerError, UserError, describe_os_error
+from training.errors import EXIT_FAILED, PeerError, StoppedEarly, UserError, describe_os_error
 from training.preemption import Preemption
 
 log = logging.getLogger("training.main")
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return dry_run(config)
         # A signal may come at any time: while torch is imported and while ranks gather, too.
-        with Preemption() as preemption:
+        with Preemption(margin_s=config.run.preempt_margin_s) as preemption:
             # Heavy imports wait until the command line is known to be right.
             from training.distributed import session
             from training.run import train
@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         log.error("error: %s", error)
         return error.exit_code
+    except StoppedEarly as stop:
+        return stop.exit_code
     except PeerError as error:
         # The rank that met the error has said so itself.
         log.debug("%s", error)

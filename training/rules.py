@@ -52,6 +52,7 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
         "wd": config.optim.wd,
         "max_nonfinite": config.optim.max_nonfinite,
         "max_rollbacks": config.optim.max_rollbacks,
+        "preempt_margin_s": config.run.preempt_margin_s,
     }
     for name, number in not_negative.items():
         if number is not None and number < 0:

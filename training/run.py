@@ -14,7 +14,7 @@ from training.checkpoint import Checkpointer, LoadedCheckpoint, Progress, Resume
 from training.config import RunConfig, TrainConfig, to_flat
 from training.console import Console, logging_to
 from training.distributed import World
-from training.errors import EXIT_DONE, EXIT_PREEMPTED, PeerError, UserError
+from training.errors import EXIT_DONE, EXIT_PREEMPTED, PeerError, StoppedEarly, UserError
 from training.evaluation import Evaluator
 from training.feed import Feed
 from training.folder import RunFolder, run_folder
@@ -72,7 +72,7 @@ class Setting:
 def train(config: TrainConfig, world: World, preemption: Preemption) -> int:
     """Train as `config` says. Returns the exit code; raises the errors of `training.errors` on all ranks alike."""
     folder = run_folder(config, world)
-    start = find_start(config, world, folder)
+    start = find_start(config, world, folder, preemption)
     world.on_main(lambda: folder.create(config), "creating the run folder")
     with logging_to(folder.path, world.rank), errors_noted():
         setting = settle(config, world, folder, start)
@@ -81,13 +81,15 @@ def train(config: TrainConfig, world: World, preemption: Preemption) -> int:
         if is_complete(setting, evaluator):
             log.info("the run is complete: nothing to do")
             return EXIT_DONE
+        stop_if_asked(world, preemption)
         learner = build_learner(config, setting.model, start, setting.loaded, world)
         log.info("model: %s", describe_model(learner.model, config))
         log.info("optimiser: %s", describe_optimizer(learner.optimizer))
+        stop_if_asked(world, preemption)
         with (
             open_feed(setting, preemption) as feed,
-            open_uploader(setting) as uploader,
-            open_job(setting, learner, feed, evaluator, uploader) as job,
+            open_uploader(setting, preemption) as uploader,
+            open_job(setting, learner, feed, evaluator, uploader, preemption) as job,
         ):
             finished = run_loop(job)
             job.saver.finish()
@@ -97,27 +99,48 @@ def train(config: TrainConfig, world: World, preemption: Preemption) -> int:
     return EXIT_DONE if finished else EXIT_PREEMPTED
 
 
+def stop_if_asked(world: World, preemption: Preemption) -> None:
+    """Raises StoppedEarly on all ranks when any of them was asked to stop. Collective."""
+    if world.any(preemption.requested() is not None):  # Collective:
+        raise StoppedEarly
+
+
+@contextmanager
+def stop_noted(level: int) -> Iterator[None]:
+    """A stop before the first step leaves a line."""
+    try:
+        yield
+    except StoppedEarly:
+        log.log(level, "stopped before the first step: there is nothing to save")
+        raise
+
+
 @contextmanager
 def errors_noted() -> Iterator[None]:
     """Errors on their way to the console leave a line in train.log too."""
     try:
-        yield
+        with stop_noted(logging.INFO):
+            yield
+    except StoppedEarly:
+        raise
     except Exception as error:
         unforeseen = not isinstance(error, (*UserError, PeerError))
         log.error("%s: %s", type(error).__name__, error, exc_info=unforeseen, extra={"file_only": True})
         raise
 
 
-def find_start(config: TrainConfig, world: World, folder: RunFolder) -> StartState:
+def find_start(config: TrainConfig, world: World, folder: RunFolder, preemption: Preemption) -> StartState:
     """Where the run begins, here or at its remote; a remote that cannot be used is refused here."""
     url = config.run.remote_sync
-    start = decide_start(
-        world,
-        folder.path,
-        resume=config.run.resume,
-        pretrained=config.model.pretrained,
-        opener=None if url is None else partial(open_remote, url, folder.path.name, folder.path),
-    )
+    with stop_noted(logging.WARNING if world.is_main else logging.DEBUG):  # no log file yet, and no console of ours
+        start = decide_start(
+            world,
+            folder.path,
+            resume=config.run.resume,
+            pretrained=config.model.pretrained,
+            opener=None if url is None else partial(open_remote, url, folder.path.name, folder.path),
+            should_stop=lambda: preemption.requested() is not None,
+        )
     remote = None if url is None else run_remote(url, folder.path.name)
     if config.run.resume == LATEST:
         refuse_newer_elsewhere(world, start, folder.path, remote)
@@ -220,7 +243,7 @@ def open_feed(setting: Setting, preemption: Preemption) -> Iterator[Feed]:
 
 
 @contextmanager
-def open_uploader(setting: Setting) -> Iterator[Uploader | None]:
+def open_uploader(setting: Setting, preemption: Preemption) -> Iterator[Uploader | None]:
     """What keeps the copy at the remote, on rank 0 only."""
     run, folder = setting.config.run, setting.folder
     if run.remote_sync is None or not setting.world.is_main:
@@ -232,6 +255,7 @@ def open_uploader(setting: Setting) -> Iterator[Uploader | None]:
         keep_last=run.keep_last,
         delete_previous=run.delete_previous_checkpoint,
         every_s=run.remote_sync_frequency,
+        on_uploaded=partial(preemption.allow_for, "upload"),
     )
     with uploader:
         yield uploader
@@ -239,7 +263,12 @@ def open_uploader(setting: Setting) -> Iterator[Uploader | None]:
 
 @contextmanager
 def open_job(
-    setting: Setting, learner: Learner, feed: Feed, evaluator: Evaluator, uploader: Uploader | None
+    setting: Setting,
+    learner: Learner,
+    feed: Feed,
+    evaluator: Evaluator,
+    uploader: Uploader | None,
+    preemption: Preemption,
 ) -> Iterator[Job]:
     """Everything that the loop calls; files and trackers are closed on every path."""
     config, world, plan, step = setting.config, setting.world, setting.plan, setting.progress.step
@@ -247,11 +276,15 @@ def open_job(
     with (
         Console(config.log.progress, plan.total_steps, step, world.is_main) as console,
         open_metrics(setting, wandb_id) as metrics,
-        open_checkpointer(setting, uploader) as checkpointer,
+        open_checkpointer(setting, uploader, preemption) as checkpointer,
     ):
         reporter = Reporter(metrics, console, plan, world, config.log.log_every_n_steps)
         extra = {"wandb_run_id": wandb_id, "rollbacks": rollbacks_of(setting.loaded)}
-        saver = Saver(checkpointer, learner.model, learner.optimizer, config, plan, world, extra, learner.loss_scale)
+        saver = Saver(
+            *(checkpointer, learner.model, learner.optimizer, config, plan, world, extra),
+            loss_scale=learner.loss_scale,
+            start_step=step,
+        )
 
         def evaluate(done: int) -> bool:
             figures = evaluator.evaluate(learner.wrapped, epoch=plan.epoch_of(done), is_last=done >= plan.total_steps)
@@ -302,7 +335,7 @@ def build_rollback(
     )
 
 
-def open_checkpointer(setting: Setting, uploader: Uploader | None) -> Checkpointer:
+def open_checkpointer(setting: Setting, uploader: Uploader | None, preemption: Preemption) -> Checkpointer:
     """The writer of the run's checkpoints; it cleans up what a killed one left behind."""
     run, world = setting.config.run, setting.world
     with world.collectively("opening the checkpoint folder"):
@@ -312,6 +345,7 @@ def open_checkpointer(setting: Setting, uploader: Uploader | None) -> Checkpoint
             keep_last=run.keep_last,
             delete_previous=run.delete_previous_checkpoint,
             uploader=uploader,
+            on_saved=partial(preemption.allow_for, "save"),
         )
 
 

@@ -38,7 +38,9 @@ class Saver:
         world: World,
         extra: dict[str, Any],
         loss_scale: LossScale | None = None,
+        start_step: int = -1,
     ):
+        """start_step: its state is not saved again. The same command finds it, or makes it anew."""
         self._checkpointer = checkpointer
         self._model = unwrap(model)
         self._optimizer = optimizer
@@ -49,7 +51,7 @@ class Saver:
         self._world = world
         self._extra = extra
         self._loss_scale = loss_scale
-        self._last_step = -1
+        self._last_step = start_step
 
     def save(self, done: int, feed: Feed) -> None:
         """Write the state after `done` steps, once. Raises CheckpointWriteError on all ranks alike."""

@@ -65,12 +65,18 @@ Opener = Callable[[], Remote]
 
 
 def decide_start(
-    world: World, run_dir: Path, *, resume: str | None, pretrained: str | None, opener: Opener | None = None
+    world: World,
+    run_dir: Path,
+    *,
+    resume: str | None,
+    pretrained: str | None,
+    opener: Opener | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> StartState:
-    """`choose_start` on the main rank, its answer or its error on every rank."""
+    """`choose_start` on the main rank, its answer or its error on every rank; StoppedEarly if one is asked to stop."""
     # Collective: every rank asks, one looks; checksums of large files, or fetching them, take their time.
     return world.on_main_at_length(
-        lambda: choose_start(run_dir, resume=resume, pretrained=pretrained, opener=opener), "--resume"
+        lambda: choose_start(run_dir, resume=resume, pretrained=pretrained, opener=opener), "--resume", should_stop
     )
 
 

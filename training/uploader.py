@@ -13,7 +13,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -44,16 +44,27 @@ _POLL_S = 1.0
 class Uploader:
     """Copies `<run_dir>/checkpoints/` and the files beside it to `remote`, by the rotation of the run itself.
 
+    on_uploaded: told the seconds that each checkpoint took.
     every_s: seconds after which what failed is tried again, and the metrics between checkpoints are brought.
     Works inside its context, where what an earlier process left undone comes first; `wake` says that something is new.
     Between `finish` and the end of the thread, which `ended` tells, everything is tried once more.
     """
 
-    def __init__(self, remote: Remote, run_dir: Path, *, keep_last: int, delete_previous: bool, every_s: float = 300.0):
+    def __init__(
+        self,
+        remote: Remote,
+        run_dir: Path,
+        *,
+        keep_last: int,
+        delete_previous: bool,
+        every_s: float = 300.0,
+        on_uploaded: Callable[[float], None] | None = None,
+    ):
         self._remote = remote
         self._run_dir = run_dir
         self._rules = {"keep_last": keep_last, "delete_previous_epochs": delete_previous}
         self._every_s = every_s
+        self._on_uploaded = on_uploaded
         self._awake = threading.Event()
         self._closing = threading.Event()
         self._lock = threading.Lock()
@@ -143,12 +154,15 @@ class Uploader:
     def _bring(self, name: str, text: str) -> None:
         folder = self._run_dir / CHECKPOINTS / name
         self._known()[name] = None
+        started = time.monotonic()
         try:
             size = insist(lambda: self._remote.upload(folder, text))
         finally:
             with self._lock:
                 self._pinned = None
         self._known()[name] = text
+        if self._on_uploaded is not None:
+            self._on_uploaded(time.monotonic() - started)
         log.info("uploaded %s to %s (%.0f MiB)", name, self._remote, size / 2**20)
         self._rotate()
 

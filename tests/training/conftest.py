@@ -21,7 +21,9 @@ class FakeWorld:
     is_main: bool = True
     size: int = 1
 
-    def on_main(self, function: Callable[[], Any], what: str = "") -> Any:
+    def on_main(
+        self, function: Callable[[], Any], what: str = "", should_stop: Callable[[], bool] | None = None
+    ) -> Any:
         return function()
 
     on_main_at_length = on_main

@@ -10,7 +10,7 @@ from models.errors import ConfigError
 from tests.helpers.gloo import run_ranks
 from training.config import ClusterConfig
 from training.distributed import World, session
-from training.errors import PeerError
+from training.errors import PeerError, StoppedEarly
 
 
 def _agree() -> tuple[int, bool, list[int], str]:
@@ -43,6 +43,22 @@ def test_what_one_rank_finds_all_ranks_raise_with_its_exit_code() -> None:
         ("PeerError", "reading: rank 1: no such bucket", 2),
         ("ConfigError", "no such bucket", 2),
     ]
+
+
+def _stop_while_rank_0_works() -> tuple[bool, float]:
+    with session(ClusterConfig(device="cpu", dist_timeout_s=20)) as world:
+        started = time.monotonic()
+        try:
+            world.on_main_at_length(lambda: time.sleep(600), should_stop=lambda: world.rank == 1)
+        except StoppedEarly:
+            return True, time.monotonic() - started
+    return False, 0.0
+
+
+def test_long_work_of_rank_0_is_left_by_all_when_another_rank_is_asked_to_stop() -> None:
+    for stopped, seconds in run_ranks(_stop_while_rank_0_works, 2):
+        assert stopped
+        assert seconds < 60
 
 
 def _join(timeout_s: float) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from training.distributed import World
 from training.errors import ConfigError
 from training.evaluation.features import Tokenize, encode_texts, evaluating, in_shared_blocks
+from training.evaluation.feed import ShouldStop
 
 PLACEHOLDERS = ("{c}", "{}")
 # Our own wording, for sets that come without templates.
@@ -55,10 +56,12 @@ def build_classifier(
     templates: Sequence[str],
     precision: str = "fp32",
     world: World | None = None,
+    should_stop: ShouldStop | None = None,
 ) -> Tensor:
     """float32 [E, C] on the rank's device: for each class the direction of its prompts.
 
-    Collective: ranks share the classes. The result is the same for any number of ranks.
+    Collective: ranks share the classes. The result is the same for any number of ranks. Raises Stopped when one of
+    them is asked to stop.
     """
     world = world or World()
 
@@ -68,5 +71,5 @@ def build_classifier(
         return F.normalize(features.view(len(names), len(templates), -1).mean(dim=1), dim=-1)
 
     with evaluating(model, world):
-        rows = in_shared_blocks(classnames, max(1, _PROMPTS_A_BLOCK // len(templates)), encode, world)
+        rows = in_shared_blocks(classnames, max(1, _PROMPTS_A_BLOCK // len(templates)), encode, world, should_stop)
     return rows.T.contiguous().to(world.device)

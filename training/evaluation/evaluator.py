@@ -87,7 +87,8 @@ class Evaluator:
     def _zeroshot(self, model: nn.Module, labelled: LabelledSet) -> dict[str, float]:
         world = self._world
         classifier = build_classifier(
-            model, self._tokenizer, labelled.classnames, labelled.templates, self._precision, world
+            *(model, self._tokenizer, labelled.classnames, labelled.templates, self._precision, world),
+            self._should_stop,
         )
         batches = labelled.read(world.rank, world.size, self._preprocess, self._batch_size, self._workers)
         found = zeroshot(

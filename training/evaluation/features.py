@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.distributed import World
+from training.evaluation.feed import ShouldStop, Stopped
 from training.parallel import unwrap
 from training.precision import autocast
 from training.sharding import reshard
@@ -50,16 +51,23 @@ def encode_texts(model: nn.Module, tokens: Tensor, precision: str, world: World)
 
 
 def in_shared_blocks(
-    items: Sequence[str], block_size: int, encode: Callable[[Sequence[str]], Tensor], world: World
+    items: Sequence[str],
+    block_size: int,
+    encode: Callable[[Sequence[str]], Tensor],
+    world: World,
+    should_stop: ShouldStop | None = None,
 ) -> Tensor:
     """`encode` of all items, rows in their order, on the host of every rank. Collective.
 
     Blocks are the same for any number of ranks, and so are their bits; ranks take turns at them.
+    Raises Stopped on all ranks when one is asked to stop.
     """
     blocks = [items[first : first + block_size] for first in range(0, len(items), block_size)]
     rounds = -(-len(blocks) // world.size)
     own: dict[int, Tensor] = {}
     for index in range(world.rank, rounds * world.size, world.size):
+        if should_stop is not None and world.any(should_stop()):  # Collective:
+            raise Stopped
         # A rank without a block left repeats the last: a sharded model must be called by all ranks equally often.
         own[index] = encode(blocks[min(index, len(blocks) - 1)]).cpu()
     every = {index: rows for part in world.all_gather_object(own) for index, rows in part.items()}

@@ -103,7 +103,8 @@ def _gather_features(
     def encode(captions: Sequence[str]) -> Tensor:
         return encode_texts(model, tokenizer(list(captions)), precision, world)
 
-    text_features = in_shared_blocks([line for group in groups for line in group], _TEXTS_A_BLOCK, encode, world)
+    lines = [line for group in groups for line in group]
+    text_features = in_shared_blocks(lines, _TEXTS_A_BLOCK, encode, world, should_stop)
     return PairFeatures(images.to(world.device), text_features.to(world.device), owner.to(world.device))
 
 

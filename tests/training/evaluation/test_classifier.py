@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import models
 from training.errors import ConfigError
-from training.evaluation import build_classifier
+from training.evaluation import Stopped, build_classifier
 from training.evaluation.classifier import check_prompts, fill
 
 
@@ -55,3 +55,13 @@ def test_only_the_place_for_the_name_is_replaced() -> None:
 def test_prompts_that_cannot_work_are_named(names: list[str], templates: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=f"^set: .*{message}"):
         check_prompts("set", names, templates)
+
+
+def test_a_stop_is_asked_for_between_blocks_of_prompts(model: models.CLIP) -> None:
+    answers = iter([False, True])
+    with pytest.raises(Stopped):
+        build_classifier(
+            *(model, models.get_tokenizer("tiny-test"), [f"thing {number}" for number in range(700)], ["{c}"]),
+            should_stop=lambda: next(answers),
+        )
+    assert next(answers, None) is None
