@@ -114,7 +114,9 @@ def announce(setting: Setting) -> None:
     """The facts of the run, of which the model's and its optimiser's are told when they are built."""
     world = setting.world
     if world.size > 1:
-        log.info("world: %d ranks by %s, %s on %s", world.size, world.launcher, world.backend, world.device.type)
+        log.info("world: %s, %s", world.backend, world.roll.summary)
+        for warning in world.roll.warnings:
+            log.warning("%s", warning)
     else:
         log.info("world: 1 rank (%s), %s", world.launcher, world.device)
     log.info("plan: %s", setting.plan)
