@@ -35,8 +35,14 @@ class NonFiniteError(RuntimeError):
     exit_code = EXIT_FAILED
 
 
+class OutOfMemoryError(RuntimeError):
+    """Memory did not suffice in the middle of a training that had begun."""
+
+    exit_code = EXIT_FAILED
+
+
 # What ends a run with one line and no traceback.
-UserError = (ConfigError, DataError, CheckpointError, NonFiniteError)
+UserError = (ConfigError, DataError, CheckpointError, NonFiniteError, OutOfMemoryError)
 
 __all__ = [
     "EXIT_CONFIG",
@@ -49,6 +55,7 @@ __all__ = [
     "DataConfigError",
     "DataError",
     "NonFiniteError",
+    "OutOfMemoryError",
     "PeerError",
     "UserError",
 ]

@@ -41,8 +41,11 @@ from training.setup import (
     resolve_model,
     start_progress,
 )
+from training.shortage import Load, explained
 from training.sinks import SinkSettings, build_trackers, new_wandb_id, parse_report_to
+from training.step import TrainStep
 from training.teacher import resolve_teacher
+from training.trial import load_of, run_trial, wants_trial
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +82,10 @@ def train(config: TrainConfig, world: World, preemption: Preemption) -> int:
         learner = build_learner(config, setting.model, start, setting.loaded, world)
         log.info("model: %s", describe_model(learner.model, config))
         log.info("optimiser: %s", describe_optimizer(learner.optimizer))
-        with open_feed(setting, preemption) as feed, open_job(setting, learner, feed, evaluator) as job:
-            finished = run_loop(job)
+        load, step = prepare_step(setting, learner)
+        with open_feed(setting, preemption) as feed, open_job(setting, learner, step, feed, evaluator) as job:
+            with explained(load, in_training=True):
+                finished = run_loop(job)
             job.saver.finish()
         log.info("done" if finished else f"stopped ({preemption.requested() or 'as asked'}), everything is saved")
     return EXIT_DONE if finished else EXIT_PREEMPTED
@@ -165,6 +170,18 @@ def _was_evaluated(folder: RunFolder, step: int) -> bool:
     return any(name.startswith("val/") for record in records for name in record)
 
 
+def prepare_step(setting: Setting, learner: Learner) -> tuple[Load, TrainStep]:
+    """The step and what it has to hold, tried before the loader's processes start."""
+    config, world = setting.config, setting.world
+    settings = loader_config(config, setting.samples, setting.plan, setting.model)
+    load = load_of(config, learner.model, settings, world)
+    with explained(load):
+        step = build_step(config, learner, settings, setting.model, setting.teacher, setting.cut_padding, world)
+        if wants_trial(config.run.trial_step, world.device):
+            run_trial(step, settings, setting.model)  # Collective:
+    return load, step
+
+
 @contextmanager
 def open_feed(setting: Setting, preemption: Preemption) -> Iterator[Feed]:
     """Batches from where the run goes on; the loader's processes end with the context."""
@@ -183,7 +200,9 @@ def open_feed(setting: Setting, preemption: Preemption) -> Iterator[Feed]:
 
 
 @contextmanager
-def open_job(setting: Setting, learner: Learner, feed: Feed, evaluator: Evaluator) -> Iterator[Job]:
+def open_job(
+    setting: Setting, learner: Learner, train_step: TrainStep, feed: Feed, evaluator: Evaluator
+) -> Iterator[Job]:
     """Everything that the loop calls; files and trackers are closed on every path."""
     config, world, plan, step = setting.config, setting.world, setting.plan, setting.progress.step
     wandb_id = (setting.loaded.state.get("wandb_run_id") if setting.loaded else None) or new_wandb_id()
@@ -204,15 +223,7 @@ def open_job(setting: Setting, learner: Learner, feed: Feed, evaluator: Evaluato
         job = Job(
             plan=plan,
             start_step=step,
-            step=build_step(
-                config,
-                learner,
-                loader_config(config, setting.samples, plan, setting.model),
-                setting.model,
-                setting.teacher,
-                setting.cut_padding,
-                world,
-            ),
+            step=train_step,
             rate=lambda done: learning_rate(config.optim, plan, done),
             feed=feed,
             guard=NonFiniteGuard(config.optim, world, reporter.event),
