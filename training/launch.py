@@ -49,6 +49,17 @@ def read_launch(env: Mapping[str, str]) -> Launch:
     return Launch(0, 1, 0, 1, "127.0.0.1", 0, "single process")
 
 
+def restarts_in_vain(env: Mapping[str, str], resume: str | None) -> str:
+    """A warning when torchrun would start the ranks again and the run would not go on; empty otherwise."""
+    restarts = _number(env, "TORCHELASTIC_MAX_RESTARTS", 0)
+    if restarts == 0 or resume == "latest":
+        return ""
+    return (
+        f"torchrun may start this run again (--max-restarts {restarts}), which goes on from the last checkpoint only "
+        "with --name and --resume latest"
+    )
+
+
 def _number(env: Mapping[str, str], name: str, default: int) -> int:
     """A whole number of the environment; what is empty counts as absent."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from training.evaluation import Evaluator
 from training.feed import Feed
 from training.folder import RunFolder, run_folder
 from training.guard import NonFiniteGuard
+from training.launch import restarts_in_vain
 from training.loop import Cadence, Job, run_loop
 from training.metrics import MetricsLog, read_metrics
 from training.optimizer import describe_optimizer
@@ -120,10 +122,11 @@ def announce(setting: Setting) -> None:
     world = setting.world
     if world.size > 1:
         log.info("world: %s, %s", world.backend, world.roll.summary)
-        for warning in world.roll.warnings:
-            log.warning("%s", warning)
     else:
         log.info("world: 1 rank (%s), %s", world.launcher, world.device)
+    for warning in (*world.roll.warnings, restarts_in_vain(os.environ, setting.config.run.resume)):
+        if warning:
+            log.warning("%s", warning)
     log.info("plan: %s", setting.plan)
     log.info("learning rate: %s", describe_schedule(setting.config.optim, setting.plan))
     log.info("start: %s", setting.start.reason)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.errors import ConfigError
-from training.launch import expand_hosts, job_ports, read_launch
+from training.launch import expand_hosts, job_ports, read_launch, restarts_in_vain
 
 SLURM = {
     "SLURM_JOB_ID": "4711",
@@ -145,6 +145,13 @@ def test_torchruns_that_did_not_meet_are_a_warning_because_a_node_may_be_lost() 
     launch = read_launch(SLURM | TORCHRUN | step)
     assert launch.warning.startswith("srun started 2 torchruns, and 1 of them met.")
     assert not read_launch(SLURM | TORCHRUN | step | {"GROUP_WORLD_SIZE": "2"}).warning
+
+
+def test_restarts_that_would_not_go_on_are_a_warning() -> None:
+    assert "--max-restarts 2" in restarts_in_vain({"TORCHELASTIC_MAX_RESTARTS": "2"}, None)
+    assert not restarts_in_vain({"TORCHELASTIC_MAX_RESTARTS": "2"}, "latest")
+    assert not restarts_in_vain({"TORCHELASTIC_MAX_RESTARTS": "0"}, None)
+    assert not restarts_in_vain({}, None)
 
 
 @pytest.mark.parametrize(("name", "value"), [("RANK", "first"), ("RANK", "4"), ("MASTER_PORT", "auto")])

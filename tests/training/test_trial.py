@@ -6,7 +6,6 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from torch import Tensor
 import data
 import models
 from tests.helpers.gloo import run_ranks
-from tests.helpers.process import run_training, start_torchrun
 from training.cli import parse_args
 from training.config import ClusterConfig, TrainConfig
 from training.distributed import World, session
