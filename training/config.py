@@ -195,6 +195,11 @@ class RunConfig:
         "write nothing",
     )
     dry_run_world_size: int = option(1, "ranks of the run that --dry-run pretends to be rank 0 of, on this one process")
+    trial_step: bool | None = option(
+        None,
+        "before the data, try a step at the largest shapes that changes nothing, for memory and compilation; on CUDA "
+        "unless told otherwise",
+    )
     stop_after_steps: int | None = option(None, "save and end after this step of the run, as a preemption would")
 
 

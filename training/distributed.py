@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
 
@@ -23,7 +23,9 @@ import torch.distributed as dist
 from training.config import ClusterConfig
 from training.errors import EXIT_FAILED, ConfigError, PeerError, StoppedEarly
 from training.launch import Launch, read_launch
-from training.rollcall import call_roll, open_store
+from training.rendezvous import open_store
+from training.roll import Roll
+from training.rollcall import call_roll, make_card
 
 T = TypeVar("T")
 
@@ -46,6 +48,7 @@ class World:
     control: dist.ProcessGroup | None = None
     # What a collective may take; whoever needs longer meets the others in between.
     timeout_s: float = 600.0
+    roll: Roll = Roll()  # who came
 
     @property
     def is_main(self) -> bool:
@@ -181,31 +184,47 @@ def exit_code_of(error: BaseException) -> int:
 
 
 @contextmanager
-def session(cluster: ClusterConfig) -> Iterator[World]:
-    """Join the other ranks and leave them on every path. Raises ConfigError when they do not all come."""
+def session(cluster: ClusterConfig, settings: Mapping[str, Any] | None = None) -> Iterator[World]:
+    """Join the other ranks and leave them on every path. Raises ConfigError when they do not all come.
+
+    settings: by name, what must be the same on all ranks.
+    """
     launch = read_launch(os.environ)
-    device = pick_device(cluster, launch)
+    device, problem = _try_device(cluster, launch)
     backend = cluster.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
     world = World(launch.rank, launch.size, launch.local_rank, launch.local_size, device, backend, launch.launcher)
     if launch.size == 1:
+        if problem:
+            raise ConfigError(problem)
         yield world
         return
+    settings = settings or {}
     store = open_store(launch, cluster)
-    call_roll(store, launch, cluster.rendezvous_timeout_s)
+    roll, fresh = call_roll(store, launch, cluster, make_card(launch, device, backend, settings, problem), settings)
+    if launch.warning:
+        roll = replace(roll, warnings=(*roll.warnings, launch.warning))
     timeout = timedelta(seconds=cluster.dist_timeout_s)
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore("clipyard", store),
+        store=fresh,
         rank=launch.rank,
         world_size=launch.size,
         timeout=timeout,
         device_id=device if backend == "nccl" else None,
     )
     try:
-        control = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else dist.group.WORLD
-        yield World(**{**world.__dict__, "control": control, "timeout_s": cluster.dist_timeout_s})
+        control: Any = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else dist.group.WORLD
+        yield replace(world, control=control, timeout_s=cluster.dist_timeout_s, roll=roll)
     finally:
         dist.destroy_process_group()
+
+
+def _try_device(cluster: ClusterConfig, launch: Launch) -> tuple[torch.device, str]:
+    """The device, or a substitute and why there is none: the other ranks must hear of it."""
+    try:
+        return pick_device(cluster, launch), ""
+    except ConfigError as error:
+        return torch.device("cpu"), str(error)
 
 
 def pick_device(cluster: ClusterConfig, launch: Launch) -> torch.device:
@@ -221,7 +240,8 @@ def pick_device(cluster: ClusterConfig, launch: Launch) -> torch.device:
     # Slurm may show each task one GPU only; then every local rank uses index 0.
     if visible > 1 and launch.local_rank >= visible:
         raise ConfigError(
-            f"local rank {launch.local_rank}, but {visible} GPUs are visible: tasks per node must equal GPUs"
+            f"local rank {launch.local_rank}, but {visible} GPUs are visible: more tasks than GPUs on this node "
+            "(ntasks-per-node, --nproc-per-node)"
         )
     device = torch.device("cuda", launch.local_rank if visible > 1 else 0)
     torch.cuda.set_device(device)

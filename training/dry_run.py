@@ -43,6 +43,7 @@ from training.setup import (
 from training.sinks import parse_report_to
 from training.start import Fresh
 from training.teacher import resolve_teacher
+from training.trial import largest_batch
 
 log = logging.getLogger(__name__)
 
@@ -132,19 +133,6 @@ def measure_step(
     gradients = 0 if world.size > 1 else bytes_of(p.grad for p in learner.model.parameters() if p.grad is not None)
     peak = max(0, footprint.peak_bytes - gradients)
     return Measured(time.perf_counter() - started, peak, collectives)
-
-
-def largest_batch(settings: data.LoaderConfig, model_config: models.ModelConfig) -> data.Batch:
-    """A batch of generated pairs as the loader makes them, with every text as long as the context."""
-    pairs = replace(settings, dataset_type="synthetic", resampled=False, workers=0, num_samples=settings.batch_size)
-    source, sizes = data.synthetic_shards(settings.batch_size)
-    pairs = replace(pairs, sources=(source,), sizes=sizes, where=None, captions=data.CaptionConfig())
-    with data.build_train_loader(pairs, models.get_tokenizer(model_config), 0, 1) as loader:
-        batch = next(loader)
-    end = model_config.text_cfg.vocab_size - 1  # the end-of-text id is the largest
-    batch.tokens.fill_(1)
-    batch.tokens[:, -1] = end
-    return batch
 
 
 def _describe_data(config: TrainConfig, settings: data.LoaderConfig) -> str:

@@ -58,8 +58,14 @@ class StoppedEarly(Exception):
     exit_code = EXIT_PREEMPTED
 
 
+class OutOfMemoryError(RuntimeError):
+    """Memory did not suffice in the middle of a training that had begun."""
+
+    exit_code = EXIT_FAILED
+
+
 # What ends a run with one line and no traceback.
-UserError = (ConfigError, DataError, CheckpointError, NonFiniteError)
+UserError = (ConfigError, DataError, CheckpointError, NonFiniteError, OutOfMemoryError)
 
 __all__ = [
     "EXIT_CONFIG",
@@ -73,6 +79,7 @@ __all__ = [
     "DataError",
     "FolderError",
     "NonFiniteError",
+    "OutOfMemoryError",
     "PeerError",
     "RemoteError",
     "StoppedEarly",

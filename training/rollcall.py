@@ -1,17 +1,28 @@
 """The roll call before the process group: who was expected, who came, from where, with which versions.
 
-A missing or doubled rank makes NCCL and gloo wait for minutes and then say little. Here every rank writes
-one line into the TCP store, rank 0 reads them within a short limit and answers all with one verdict.
+A missing or doubled rank makes NCCL and gloo wait for minutes and then say little. Here every rank hands a card
+into the store, rank 0 reads them within a short limit, and all learn one verdict (`training.roll`).
+
+torchrun's store may outlive a start of the ranks, and its count of restarts differs between agents. So rank 0 draws
+a name for each roll call, and everything happens in the key space of that name. A rank that meets an older name is
+no part of that verdict, which says how many it covers, and waits for the next one. No step costs rank 0 more than a
+few calls, whatever the number of ranks.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 import platform
+import random
 import socket
 import time
-from datetime import timedelta
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -20,111 +31,173 @@ import torch.distributed as dist
 from models.errors import ConfigError
 from training.config import ClusterConfig
 from training.launch import Launch
+from training.rendezvous import STORE_ERRORS, Address, find_address, is_here, is_served_by_agent
+from training.roll import Card, Expected, Roll, Settings, judge
+from training.secrets import mask_secrets
+
+_GRACE_S = 10.0  # rank 0's limit begins when it comes, which may be later
+_LINGER_S = 10.0
 
 
-def open_store(launch: Launch, cluster: ClusterConfig) -> dist.Store:
-    """The key-value store of all ranks. Raises ConfigError when rank 0 cannot be reached in time."""
-    host, port = _address(launch, cluster)
-    # Under torchrun the agent already serves the store, and every restart gets its own key space.
-    agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    try:
-        store: dist.Store = dist.TCPStore(
-            host,
-            port,
-            launch.size,
-            is_master=launch.rank == 0 and not agent_serves,
-            timeout=timedelta(seconds=cluster.rendezvous_timeout_s),
-            wait_for_workers=False,
+@dataclass(frozen=True)
+class _Caller:
+    """One process at the roll call."""
+
+    store: dist.Store
+    card: Card
+    settings: Settings
+    timeout_s: float
+    reused: bool  # the store may hold an earlier roll call
+
+    def enter(self, name: str) -> tuple[dist.Store, int]:
+        """Hand in the card; returns the key space and how many had come, this one included."""
+        space = dist.PrefixStore(name, self.store)
+        if not space.check([_settings_key(self.card.settings)]):
+            space.set(_settings_key(self.card.settings), json.dumps(self.settings))
+        # Order matters: who counts himself has handed in his card.
+        space.append("cards", json.dumps(dataclasses.asdict(self.card)) + "\n")  # type: ignore[attr-defined]
+        return space, space.add("came", 1)
+
+    def late(self) -> ConfigError:
+        return ConfigError(
+            f"rank {self.card.rank} ({self.card.place}): the ranks at this address are complete without it. Likely: "
+            "two runs share MASTER_ADDR and MASTER_PORT, or this rank was started twice"
         )
-    except (dist.DistError, RuntimeError, TimeoutError) as exc:
-        raise ConfigError(
-            f"rank {launch.rank} on {socket.gethostname()} cannot meet rank 0 at {host}:{port} ({_first_line(exc)}); "
-            "export MASTER_ADDR and MASTER_PORT, or check that rank 0 runs and the port is open"
-        ) from exc
-    return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def _address(launch: Launch, cluster: ClusterConfig) -> tuple[str, int]:
-    if cluster.dist_url:
-        host, _, port = cluster.dist_url.removeprefix("tcp://").rpartition(":")
-        if not host or not port.isdigit():
-            raise ConfigError(f"--dist-url {cluster.dist_url!r} is not of the form tcp://host:port")
-        return host, int(port)
-    return _reachable(launch.host), launch.port
-
-
-def _reachable(host: str) -> str:
-    """`host`, or the address of the node that launched the step where the node's name resolves to nothing."""
+def call_roll(
+    store: dist.Store, launch: Launch, cluster: ClusterConfig, card: Card, settings: Mapping[str, Any]
+) -> tuple[Roll, dist.Store]:
+    """Every rank reports; all return together, or all raise the same ConfigError. The store returned is fresh."""
+    address = find_address(launch, cluster)
+    caller = _Caller(store, card, shown(settings), cluster.rendezvous_timeout_s, is_served_by_agent(address))
     try:
-        socket.getaddrinfo(host, None)
-        return host
-    except socket.gaierror:
-        return os.environ.get("SLURM_LAUNCH_NODE_IPADDR", host)
+        roll, space = _lead(caller, launch, address) if launch.rank == 0 else _follow(caller)
+    except STORE_ERRORS as exc:
+        raise ConfigError(f"rank {launch.rank}: rank 0 at {address} went away during the roll call ({exc})") from exc
+    if roll.error:
+        raise ConfigError(roll.error)
+    return roll, dist.PrefixStore("group", space)
 
 
-def call_roll(store: dist.Store, launch: Launch, timeout_s: float) -> None:
-    """Every rank reports; all return together, or all raise the same ConfigError."""
-    answer = f"answer/{launch.rank}"
-    if store.add(f"present/{launch.rank}", 1) > 1:
-        store.set("doubled", str(launch.rank))
-    store.set(answer, json.dumps(_card(launch)))
-    if launch.rank == 0:
-        store.set("verdict", _verdict(store, launch, timeout_s))
-    try:
-        store.wait(["verdict"], timedelta(seconds=timeout_s + 10))
-        verdict = store.get("verdict").decode()
-    except (dist.DistError, RuntimeError, TimeoutError) as exc:
-        raise ConfigError(f"rank {launch.rank}: no word from rank 0 within {timeout_s:.0f} s") from exc
-    if verdict:
-        raise ConfigError(verdict)
+def _lead(caller: _Caller, launch: Launch, address: Address) -> tuple[Roll, dist.Store]:
+    name = uuid.uuid4().hex[:12]
+    space, _ = caller.enter(name)
+    caller.store.set("name", name)
+    _wait(lambda: space.add("came", 0) >= launch.size, caller.timeout_s)
+    cards = [Card(**json.loads(line)) for line in space.get("cards").decode().splitlines()]
+    expected = Expected(launch.size, caller.timeout_s, str(address), launch.nodes, _remark(address.host))
+    roll = judge(cards, expected, lambda digest: json.loads(space.get(_settings_key(digest))))
+    space.set("verdict", json.dumps({**dataclasses.asdict(roll), "covers": len(cards)}))
+    if roll.error:
+        # The store ends with this process: the others must have read it.
+        _wait(lambda: space.add("heard", 0) >= len(cards) - 1, _LINGER_S)
+    return roll, space
 
 
-def _card(launch: Launch) -> dict[str, Any]:
-    return {
-        "rank": launch.rank,
-        "size": launch.size,
-        "host": socket.gethostname(),
-        "local_rank": launch.local_rank,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+def _follow(caller: _Caller) -> tuple[Roll, dist.Store]:
+    deadline = time.monotonic() + caller.timeout_s + _GRACE_S
+    known, space, number = "", caller.store, 0
+    while _wait(lambda: caller.store.check(["name"]), deadline - time.monotonic()):
+        name = caller.store.get("name").decode()
+        if name != known:
+            known, (space, number) = name, caller.enter(name)
+        # An older roll call may never be judged: then the next one is looked for now and again.
+        patience = 1.0 if caller.reused else deadline - time.monotonic()
+        if not _wait(lambda space=space: space.check(["verdict"]), patience):  # type: ignore[misc]
+            continue
+        verdict = json.loads(space.get("verdict"))
+        if number <= verdict.pop("covers"):
+            space.add("heard", 1)
+            return Roll(**{**verdict, "warnings": tuple(verdict["warnings"])}), space
+        if not caller.reused:
+            raise caller.late()
+        time.sleep(0.2)
+    raise ConfigError(
+        f"rank {caller.card.rank} on {caller.card.host}: a store answers at rank 0's address, but no word from rank 0 "
+        f"within {caller.timeout_s:.0f} s; see what rank 0 says, and whether another job uses MASTER_PORT there"
+    )
 
 
-def _verdict(store: dist.Store, launch: Launch, timeout_s: float) -> str:
-    """An empty string when all is well, otherwise what is wrong and the likely cause."""
-    deadline = time.monotonic() + timeout_s
-    missing = list(range(launch.size))
-    while missing and time.monotonic() < deadline:
-        missing = [rank for rank in missing if not store.check([f"answer/{rank}"])]
-        if missing:
-            time.sleep(0.05)
-    if missing:
-        came = launch.size - len(missing)
-        return (
-            f"{came} of {launch.size} ranks came within {timeout_s:.0f} s; missing: {_some(missing)}. "
-            "Likely: fewer tasks were started than the world size says (ntasks-per-node, --nproc-per-node), or a node "
-            "cannot reach rank 0"
-        )
-    cards = [json.loads(store.get(f"answer/{rank}")) for rank in range(launch.size)]
-    if store.check(["doubled"]):
-        return f"rank {store.get('doubled').decode()} was started twice: two jobs share MASTER_ADDR and MASTER_PORT"
-    for what in ("torch", "python", "size"):
-        if len({card[what] for card in cards}) > 1:
-            return f"ranks differ in {what}: " + ", ".join(_groups(cards, what))
-    return ""
+def _wait(ready: Callable[[], bool], timeout_s: float) -> bool:
+    """Asks until it is so: a wait in the store prints lines of its own when it ends in vain."""
+    deadline, pause = time.monotonic() + timeout_s, 0.01
+    while not ready():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(pause * random.uniform(0.5, 1.5))
+        pause = min(1.5 * pause, 0.3)
+    return True
 
 
-def _groups(cards: list[dict[str, Any]], what: str) -> list[str]:
-    by_value: dict[Any, list[int]] = {}
-    for card in cards:
-        by_value.setdefault(card[what], []).append(card["rank"])
-    return [f"{value} on ranks {_some(ranks)}" for value, ranks in by_value.items()]
+def _remark(host: str) -> str:
+    """What rank 0 knows of its address that the others do not."""
+    if is_here(host):
+        return ""
+    return f"the others look for rank 0 on {host}, and it is on {_host()}; export MASTER_ADDR as the name of that node"
 
 
-def _some(ranks: list[int], limit: int = 16) -> str:
-    tail = f" and {len(ranks) - limit} more" if len(ranks) > limit else ""
-    return ", ".join(map(str, ranks[:limit])) + tail
+def make_card(launch: Launch, device: torch.device, backend: str, settings: Mapping[str, Any], problem: str) -> Card:
+    """This process about itself."""
+    on_gpu = device.type == "cuda" and not problem
+    return Card(
+        rank=launch.rank,
+        size=launch.size,
+        host=_host(),
+        pid=os.getpid(),
+        local_rank=launch.local_rank,
+        launcher=launch.launcher,
+        job=launch.job,
+        device=torch.cuda.get_device_name(device) if on_gpu else device.type,
+        gpu=_identity(device) if on_gpu and backend == "nccl" else "",
+        visible_gpus=_visible_gpus() if on_gpu else 0,
+        versions=versions(on_gpu),
+        settings=digest(settings),
+        problem=problem,
+    )
 
 
-def _first_line(exc: BaseException) -> str:
-    return (str(exc).splitlines() or [type(exc).__name__])[0]
+def _host() -> str:
+    return socket.gethostname()
+
+
+def _identity(device: torch.device) -> str:
+    """A GPU's name for itself; none for slices of a GPU, which share that of the whole one."""
+    properties = torch.cuda.get_device_properties(device)
+    return "" if " MIG " in f"{properties.name} " else str(getattr(properties, "uuid", device.index))
+
+
+def _visible_gpus() -> int:
+    """Of the node as far as it can be seen: Slurm may show each task one GPU only."""
+    visible = torch.cuda.device_count()
+    on_node = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    return max(visible, int(on_node)) if visible == 1 and on_node.isdigit() else visible
+
+
+def versions(on_gpu: bool) -> dict[str, str]:
+    """Of what must be equal everywhere."""
+    found = {"torch": str(torch.__version__)}
+    if on_gpu:
+        found |= {"CUDA": str(torch.version.cuda), "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
+    found["Python"] = ".".join(platform.python_version_tuple()[:2])
+    for name in ("timm", "clipyard"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def digest(value: Any) -> str:
+    """Equal for equal values of any kind that settings have."""
+    return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
+
+
+def shown(settings: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Each setting as others may see it, and what tells its values apart."""
+    masked = mask_secrets(dict(settings))
+    return {name: (str(masked[name]), digest(value)) for name, value in settings.items()}
+
+
+def _settings_key(digest: str) -> str:
+    return f"settings-{digest}"

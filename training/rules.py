@@ -24,6 +24,8 @@ def _problems(config: TrainConfig) -> Iterator[str]:
     yield from refusals(config)
     yield from _data(config)
     yield from _schedule(config)
+    if config.run.resume == "latest" and config.run.name is None:
+        yield "--resume latest needs --name: a name made from the date is another one at every start"
 
 
 def _numbers(config: TrainConfig) -> Iterator[str]:

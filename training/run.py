@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from training.evaluation import Evaluator
 from training.feed import Feed
 from training.folder import RunFolder, run_folder
 from training.guard import NonFiniteGuard
+from training.launch import restarts_in_vain
 from training.loop import Cadence, Job, run_loop
 from training.metrics import MetricsLog, read_metrics
 from training.nodes import on_every_node, refuse_newer_elsewhere
@@ -44,9 +46,12 @@ from training.setup import (
     resolve_model,
     start_progress,
 )
+from training.shortage import Load, explained
 from training.sinks import SinkSettings, build_trackers, new_wandb_id, parse_report_to
 from training.start import LATEST
+from training.step import TrainStep
 from training.teacher import resolve_teacher
+from training.trial import load_of, run_trial, wants_trial
 from training.uploader import Uploader, finish_upload
 
 log = logging.getLogger(__name__)
@@ -86,12 +91,14 @@ def train(config: TrainConfig, world: World, preemption: Preemption) -> int:
         log.info("model: %s", describe_model(learner.model, config))
         log.info("optimiser: %s", describe_optimizer(learner.optimizer))
         stop_if_asked(world, preemption)
+        load, step = prepare_step(setting, learner)
         with (
             open_feed(setting, preemption) as feed,
             open_uploader(setting, preemption) as uploader,
-            open_job(setting, learner, feed, evaluator, uploader, preemption) as job,
+            open_job(setting, learner, step, feed, evaluator, uploader, preemption) as job,
         ):
-            finished = run_loop(job)
+            with explained(load, in_training=True):
+                finished = run_loop(job)
             job.saver.finish()
             missing = finish_upload(uploader, world, preemption)
         end = "done" if finished else f"stopped ({preemption.requested() or 'as asked'}), everything is saved"
@@ -166,9 +173,12 @@ def announce(setting: Setting) -> None:
     """The facts of the run, of which the model's and its optimiser's are told when they are built."""
     world = setting.world
     if world.size > 1:
-        log.info("world: %d ranks by %s, %s on %s", world.size, world.launcher, world.backend, world.device.type)
+        log.info("world: %s, %s", world.backend, world.roll.summary)
     else:
         log.info("world: 1 rank (%s), %s", world.launcher, world.device)
+    for warning in (*world.roll.warnings, restarts_in_vain(os.environ, setting.config.run.resume)):
+        if warning:
+            log.warning("%s", warning)
     log.info("plan: %s", setting.plan)
     log.info("learning rate: %s", describe_schedule(setting.config.optim, setting.plan))
     log.info("start: %s", setting.start.reason)
@@ -225,6 +235,18 @@ def _was_evaluated(folder: RunFolder, step: int) -> bool:
     return any(name.startswith("val/") for record in records for name in record)
 
 
+def prepare_step(setting: Setting, learner: Learner) -> tuple[Load, TrainStep]:
+    """The step and what it has to hold, tried before the loader's processes start."""
+    config, world = setting.config, setting.world
+    settings = loader_config(config, setting.samples, setting.plan, setting.model)
+    load = load_of(config, learner.model, settings, world)
+    with explained(load):
+        step = build_step(config, learner, settings, setting.model, setting.teacher, setting.cut_padding, world)
+        if wants_trial(config.run.trial_step, world.device):
+            run_trial(step, settings, setting.model)  # Collective:
+    return load, step
+
+
 @contextmanager
 def open_feed(setting: Setting, preemption: Preemption) -> Iterator[Feed]:
     """Batches from where the run goes on; the loader's processes end with the context."""
@@ -265,6 +287,7 @@ def open_uploader(setting: Setting, preemption: Preemption) -> Iterator[Uploader
 def open_job(
     setting: Setting,
     learner: Learner,
+    train_step: TrainStep,
     feed: Feed,
     evaluator: Evaluator,
     uploader: Uploader | None,
@@ -294,15 +317,7 @@ def open_job(
         job = Job(
             plan=plan,
             start_step=step,
-            step=build_step(
-                config,
-                learner,
-                loader_config(config, setting.samples, plan, setting.model),
-                setting.model,
-                setting.teacher,
-                setting.cut_padding,
-                world,
-            ),
+            step=train_step,
             rate=lambda done: learning_rate(config.optim, plan, done),
             feed=feed,
             guard=NonFiniteGuard(config.optim, world, reporter.event),

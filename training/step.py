@@ -54,13 +54,21 @@ class TrainStep:
 
     def __call__(self, batch: Batch, step: int, rate: float) -> StepResult:
         """Update the parameters with this rank's `batch` of micro_batch x accum_steps rows."""
+        return self._update(self._gradients(batch, step), rate)
+
+    def rehearse(self, batch: Batch) -> None:
+        """All of a step, whose update is then left out like that of a loss that is not finite."""
+        losses = self._gradients(batch, 0)
+        rate = self.optimizer.param_groups[0]["lr"]
+        self._update({name: torch.full_like(loss, torch.nan) for name, loss in losses.items()}, rate)
+
+    def _gradients(self, batch: Batch, step: int) -> Losses:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         micro_batches = batch.split(self.accum_steps)
-        losses = (
-            self._accumulated(micro_batches, step) if self.accum_steps > 1 else self._single(micro_batches[0], step)
-        )
-        return self._update(losses, rate)
+        if self.accum_steps > 1:
+            return self._accumulated(micro_batches, step)
+        return self._single(micro_batches[0], step)
 
     def _single(self, batch: Batch, step: int) -> Losses:
         return self._backward(self._forward(batch, step, 0, taught=True))
