@@ -35,6 +35,12 @@ class FolderError(ConfigError):
     exit_code = EXIT_FAILED
 
 
+class LaunchError(ConfigError):
+    """The ranks did not come together: a host that is down, a port that is taken. Another try may succeed."""
+
+    exit_code = EXIT_FAILED
+
+
 class RemoteError(CheckpointError):
     """The remote of --remote-sync did not do what it was asked for; another try may succeed."""
 
@@ -59,7 +65,7 @@ class StoppedEarly(Exception):
 
 
 class OutOfMemoryError(RuntimeError):
-    """Memory did not suffice in the middle of a training that had begun."""
+    """Memory did not suffice. Whether it will on another node, nobody knows."""
 
     exit_code = EXIT_FAILED
 
@@ -78,6 +84,7 @@ __all__ = [
     "DataConfigError",
     "DataError",
     "FolderError",
+    "LaunchError",
     "NonFiniteError",
     "OutOfMemoryError",
     "PeerError",

@@ -16,8 +16,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from models.errors import ConfigError
 from training.config import ClusterConfig
+from training.errors import ConfigError, LaunchError
 from training.launch import Launch
 
 STORE_ERRORS = (dist.DistError, RuntimeError, TimeoutError)
@@ -39,7 +39,7 @@ class Address:
 
 
 def open_store(launch: Launch, cluster: ClusterConfig) -> dist.Store:
-    """The store, in a key space of this job. Raises ConfigError when rank 0 cannot be reached in time."""
+    """The store, in a key space of this job. Raises LaunchError when rank 0 cannot be reached in time."""
     address = find_address(launch, cluster)
     if launch.rank == 0 and not is_served_by_agent(address):
         store = _serve(address, cluster.rendezvous_timeout_s)
@@ -107,7 +107,7 @@ def _serve(address: Address, timeout_s: float) -> dist.Store:
             if "EADDRINUSE" not in str(exc) and "already in use" not in str(exc):
                 raise ConfigError(f"rank 0 cannot listen on port {port}: {_first_line(exc)}; {_CHOOSE}") from exc
     taken = " and ".join(map(str, address.ports))
-    raise ConfigError(
+    raise LaunchError(
         f"rank 0 cannot listen on {socket.gethostname()}: port {taken} is taken, by another job on this node or by a "
         f"second process that was started as rank 0; {_CHOOSE}"
     )
@@ -129,7 +129,7 @@ def _reach(address: Address, launch: Launch, timeout_s: float) -> dist.Store:
         # Thousands of ranks may wait for rank 0: not all of them at once, and ever more rarely.
         time.sleep(pause * random.uniform(0.5, 1.5))
         pause = min(2 * pause, 1.0)
-    raise ConfigError(
+    raise LaunchError(
         f"rank {launch.rank} on {socket.gethostname()} cannot reach rank 0 at {address} within {timeout_s:.0f} s: "
         f"{reason}; {_cure(address, launch)}"
     )

@@ -50,6 +50,7 @@ class Roll:
     """What all ranks are told. `error` ends the start; `summary` is one line on who came."""
 
     error: str = ""
+    may_pass: bool = False  # another try may succeed
     warnings: tuple[str, ...] = ()
     summary: str = ""
 
@@ -58,7 +59,7 @@ def judge(cards: Sequence[Card], expected: Expected, settings_of: Callable[[str]
     """`cards` of those who came, in any order; `settings_of` gives the configuration with a digest."""
     cards = sorted(cards, key=lambda card: (card.rank, card.host, card.pid))
     for error in _errors(cards, expected, settings_of):
-        return Roll(error=error)
+        return Roll(error, may_pass=error in _missing(cards, expected))
     return Roll(warnings=tuple(_warnings(cards)), summary=_summary(cards))
 
 

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from models.errors import ConfigError
 from training.config import ClusterConfig
+from training.errors import ConfigError, LaunchError
 from training.launch import Launch
 from training.rendezvous import STORE_ERRORS, Address, find_address, is_here, is_served_by_agent
 from training.roll import Card, Expected, Roll, Settings, judge
@@ -74,9 +74,9 @@ def call_roll(
     try:
         roll, space = _lead(caller, launch, address) if launch.rank == 0 else _follow(caller)
     except STORE_ERRORS as exc:
-        raise ConfigError(f"rank {launch.rank}: rank 0 at {address} went away during the roll call ({exc})") from exc
+        raise LaunchError(f"rank {launch.rank}: rank 0 at {address} went away during the roll call ({exc})") from exc
     if roll.error:
-        raise ConfigError(roll.error)
+        raise (LaunchError if roll.may_pass else ConfigError)(roll.error)
     return roll, dist.PrefixStore("group", space)
 
 
@@ -113,7 +113,7 @@ def _follow(caller: _Caller) -> tuple[Roll, dist.Store]:
         if not caller.reused:
             raise caller.late()
         time.sleep(0.2)
-    raise ConfigError(
+    raise LaunchError(
         f"rank {caller.card.rank} on {caller.card.host}: a store answers at rank 0's address, but no word from rank 0 "
         f"within {caller.timeout_s:.0f} s; see what rank 0 says, and whether another job uses MASTER_PORT there"
     )

@@ -51,8 +51,8 @@ class Load:
 
 @contextmanager
 def explained(load: Load, *, in_training: bool = False) -> Iterator[None]:
-    """Raises ConfigError for memory that does not suffice and for compilers that fail; in the middle of a training
-    OutOfMemoryError for the former, for what has worked may work again, and the latter as it is.
+    """Raises OutOfMemoryError for memory that does not suffice, and before the training ConfigError for compilers that
+    fail.
     """
     try:
         yield
@@ -63,7 +63,7 @@ def explained(load: Load, *, in_training: bool = False) -> Iterator[None]:
         if line is None:
             raise
         log.info("where it happened:", exc_info=True, extra={"file_only": True})
-        raise (OutOfMemoryError if in_training else ConfigError)(line) from error
+        raise (OutOfMemoryError if _memory_error(error) else ConfigError)(line) from error
 
 
 def _explain(error: BaseException, load: Load, in_training: bool) -> str | None:
