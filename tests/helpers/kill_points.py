@@ -204,7 +204,7 @@ def _watch_functions(blow: Blow) -> None:
     before(LocalFileSystem, "rm_file", "deletion at the remote")
     _tear_copies(LocalFileSystem, "put_file", "upload of a file", blow)
     _tear_copies(LocalFileSystem, "get_file", "download of a file", blow)
-    before(checkpoint.HostCopy, "_buffer", "snapshot")
+    before(checkpoint.HostCopy, "buffer", "snapshot")
     before(checkpoint.HostCopy, "reserve", "memory of snapshots")
     after(checkpoint_files, "_write_file", "between files")
     after(checkpoint_files, "_take_name", "after rename: checkpoint")
