@@ -17,6 +17,8 @@ from tests.helpers.course import Attempt, Course, assert_same_run, run_whole, wr
 from tests.helpers.kill_points import ONCE, PLACES, WRITING, arm, hold_signals, samples_noted
 from tests.helpers.nursery import Child, Nursery
 from tests.helpers.process import poll
+from training.main import main
+from training.preemption import Preemption
 
 COURSES = (
     Course("two ranks", world_size=2, epochs=4, flags=("--save-every-n-steps", "3", "--keep-last", "1")),
@@ -96,6 +98,31 @@ class Preemptor:
         """Where the signals came."""
         lines = [f"{count:6d}  {place}" for place, count in sorted(self.signals.items(), key=lambda item: -item[1])]
         return "\n".join([f"{self.signals.total()} signals in {self.runs.total()} runs:", *lines])
+
+
+def test_a_stop_before_the_first_step_saves_nothing_again_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_data(tmp_path / "data")
+    attempt = Attempt(Course("one rank", epochs=1), tmp_path / "data", tmp_path)
+
+    def start(*flags: str) -> tuple[int, list[str]]:
+        code = main([*attempt.argv(), *flags])
+        return code, [path.read_text() for path in sorted(attempt.checkpoints.glob("*/manifest.json"))]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Preemption, "requested", lambda self: "signal SIGTERM")
+        assert start() == (75, [])
+        assert "stopped (signal SIGTERM) before the first step: there is nothing to save" in capsys.readouterr().err
+    code, saved = start("--stop-after-steps", "2")
+    assert (code, len(saved)) == (75, 1)
+    with monkeypatch.context() as patch:
+        # The last question before the first step is the feed's.
+        answers = iter([None] * 3)
+        patch.setattr(Preemption, "requested", lambda self: next(answers, "signal SIGTERM"))
+        assert start() == (75, saved)
+    assert start()[0] == 0
+    attempt.forget()
 
 
 @pytest.mark.slow
