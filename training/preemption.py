@@ -74,6 +74,14 @@ class Preemption:
         """`what` (a save, an upload) took so long the last time: a stop is asked for so much earlier."""
         self._takes_s = self._takes_s | {what: seconds}  # called by the threads that write
 
+    def describe(self) -> str:
+        """When the job ends and the run stops, for a person; empty where that is not known."""
+        if self._end is None:
+            return ""
+        now = self._clock()
+        stop = self._deadline(self._end)
+        return f"ends in {self._end - now:.0f} s; it saves and stops in {max(0, stop - now):.0f} s, or with a signal"
+
     def seconds_to_end(self) -> float | None:
         """Until the end of the job, where the environment says when that is."""
         return None if self._end is None else self._end - self._clock()

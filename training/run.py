@@ -82,6 +82,8 @@ def train(config: TrainConfig, world: World, preemption: Preemption) -> int:
     with logging_to(folder.path, world.rank), errors_noted():
         setting = settle(config, world, folder, start)
         announce(setting)
+        if end := preemption.describe():
+            log.info("job: %s", end)
         evaluator = build_evaluator(setting, preemption)
         if is_complete(setting, evaluator):
             log.info("the run is complete: nothing to do")
@@ -109,7 +111,7 @@ def train(config: TrainConfig, world: World, preemption: Preemption) -> int:
 def stop_if_asked(world: World, preemption: Preemption) -> None:
     """Raises StoppedEarly on all ranks when any of them was asked to stop. Collective."""
     if world.any(preemption.requested() is not None):  # Collective:
-        raise StoppedEarly
+        raise StoppedEarly(preemption.requested() or "another rank was asked to")
 
 
 @contextmanager
@@ -117,8 +119,8 @@ def stop_noted(level: int) -> Iterator[None]:
     """A stop before the first step leaves a line."""
     try:
         yield
-    except StoppedEarly:
-        log.log(level, "stopped before the first step: there is nothing to save")
+    except StoppedEarly as stop:
+        log.log(level, "stopped%s before the first step: there is nothing to save", f" ({stop})" if str(stop) else "")
         raise
 
 

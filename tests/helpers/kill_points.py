@@ -21,7 +21,7 @@ CHECKPOINT_FILES = (
     *("model.safetensors", "optimizer.safetensors", "state.json", "data.json"),
     *("config.yaml", "model_config.json", "manifest.json"),
 )
-RENAMED = {"metrics.jsonl.fetched": "fetched metrics", "manifest.json.tmp": "uploaded manifest"}
+RENAMED = {"manifest.json.tmp": "uploaded manifest"}
 RUN_FILES = {
     "config.yaml.tmp": "run's config.yaml",
     "metrics.jsonl": "metrics line",
@@ -42,12 +42,12 @@ PLACES = (*WRITING, *RUNNING)
 # With --remote-sync to a path.
 REMOTE = (
     *("upload of a file", "upload of a manifest", "before rename: uploaded manifest", "deletion at the remote"),
-    *("download of a file", "before rename: fetched metrics"),
+    *("download", "download of a file"),
 )
 # Places that a process passes once at most.
 ONCE = (
     *("write run's config.yaml", "before rename: run's config.yaml", "write metrics cut"),
-    *("before rename: metrics cut", "memory of snapshots", "end", "before rename: fetched metrics", *STARTING),
+    *("before rename: metrics cut", "memory of snapshots", "end", "download", *STARTING),
 )
 
 
@@ -200,10 +200,11 @@ def _watch_functions(blow: Blow) -> None:
         _wrap(owner, name, lambda call: (call(), blow.passed(place))[0])
 
     before(Remote, "_put_whole", "upload of a manifest")
+    before(Remote, "fetch", "download")
     before(LocalFileSystem, "rm_file", "deletion at the remote")
     _tear_copies(LocalFileSystem, "put_file", "upload of a file", blow)
     _tear_copies(LocalFileSystem, "get_file", "download of a file", blow)
-    before(checkpoint.HostCopy, "_buffer", "snapshot")
+    before(checkpoint.HostCopy, "buffer", "snapshot")
     before(checkpoint.HostCopy, "reserve", "memory of snapshots")
     after(checkpoint_files, "_write_file", "between files")
     after(checkpoint_files, "_take_name", "after rename: checkpoint")
