@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -19,8 +19,11 @@ import torch.distributed as dist
 
 from training.config import ClusterConfig
 from training.errors import EXIT_FAILED, ConfigError, PeerError
+from training.health import Health, watched
 from training.launch import Launch, read_launch
+from training.pulse import Pulse
 from training.rollcall import call_roll, open_store
+from training.timeouts import Timeouts, limits_of
 
 T = TypeVar("T")
 
@@ -38,6 +41,9 @@ class World:
     launcher: str = "single process"
     # A gloo group on the host: agreements must neither wait for the GPU's queue nor fill it.
     control: dist.ProcessGroup | None = None
+    pulse: Pulse = field(default_factory=Pulse)
+    timeouts: Timeouts | None = None
+    health: Health | None = None
 
     @property
     def is_main(self) -> bool:
@@ -47,14 +53,16 @@ class World:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:
-            dist.barrier(group=self.control)  # Collective:
+            with self.pulse.waiting("barrier"):
+                dist.barrier(group=self.control)  # Collective:
 
     def all_gather_object(self, value: T) -> list[T]:
         """Every rank's value, by rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.control)  # Collective:
+        with self.pulse.waiting("gather"):
+            dist.all_gather_object(values, value, group=self.control)  # Collective:
         return values
 
     def gather_object(self, value: T) -> list[T] | None:
@@ -66,7 +74,8 @@ class World:
         padded = own.new_zeros(self.max_int(len(own)))
         padded[: len(own)] = own
         rows = [torch.empty_like(padded) for _ in range(self.size)] if self.is_main else None
-        dist.gather(padded, rows, group=self.control)  # Collective:
+        with self.pulse.waiting("gather"):
+            dist.gather(padded, rows, group=self.control)  # Collective:
         return None if rows is None else [pickle.loads(row.numpy().tobytes()) for row in rows]
 
     def broadcast_object(self, value: T, src: int = 0) -> T:
@@ -74,20 +83,37 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=src, group=self.control)  # Collective:
+        with self.pulse.waiting("broadcast"):
+            dist.broadcast_object_list(box, src=src, group=self.control)  # Collective:
         return box[0]
 
     def max_int(self, value: int) -> int:
         """The largest of all ranks' values."""
+        self.pulse.beat()
         if self.size == 1:
             return value
         tensor = torch.tensor(value)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)  # Collective:
+        with self.pulse.waiting("agreement"):
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)  # Collective:
         return int(tensor)
 
     def any(self, flag: bool) -> bool:
         """True when any rank says so."""
         return bool(self.max_int(int(flag)))
+
+    @property
+    def patient(self) -> AbstractContextManager[None]:
+        """A context in which ranks wait for each other as long as at the start; must end with an agreement."""
+        return nullcontext() if self.timeouts is None else self.timeouts.patient()
+
+    def settle(self) -> None:
+        """The first step is done: from now on ranks wait for each other for a short time only."""
+        if self.timeouts is not None:
+            self.timeouts.settle()
+
+    def explained(self, error: Exception) -> Exception:
+        """An error as a person wants it: of a broken connection, which rank was lost."""
+        return error if self.health is None else self.health.explained(error)
 
     @contextmanager
     def collectively(self, what: str) -> Iterator[None]:
@@ -136,11 +162,46 @@ def session(cluster: ClusterConfig) -> Iterator[World]:
     backend = cluster.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
     world = World(launch.rank, launch.size, launch.local_rank, launch.local_size, device, backend, launch.launcher)
     if launch.size == 1:
-        yield world
+        with _alone(world, cluster):
+            yield world
         return
     store = open_store(launch, cluster)
     call_roll(store, launch, cluster.rendezvous_timeout_s)
-    timeout = timedelta(seconds=cluster.dist_timeout_s)
+    limits = limits_of(cluster)
+    first_local = launch.rank - launch.local_rank
+    timeouts = Timeouts(limits)
+    local = range(first_local, min(first_local + launch.local_size, launch.size))
+    health = Health(launch.rank, launch.size, local, world.pulse, timeouts, limits.stall_s)
+    health.join(store)
+    try:
+        with _process_groups(backend, store, launch, device, timeouts) as control:
+            health.start(timeouts.groups)
+            with watched(health):
+                yield replace(world, control=control, timeouts=timeouts, health=health)
+    finally:
+        # Order matters: it still watches while the groups are left, which may hang.
+        health.stop()
+
+
+@contextmanager
+def _alone(world: World, cluster: ClusterConfig) -> Iterator[None]:
+    """A world of one has nobody to wait for but its own loader."""
+    limits = limits_of(cluster)
+    health = Health(0, 1, range(1), world.pulse, Timeouts(limits), limits.stall_s)
+    health.join(dist.HashStore())
+    health.start([])
+    try:
+        yield
+    finally:
+        health.stop()
+
+
+@contextmanager
+def _process_groups(
+    backend: str, store: dist.Store, launch: Launch, device: torch.device, timeouts: Timeouts
+) -> Iterator[dist.ProcessGroup]:
+    """Joins the groups of all ranks, and leaves them on every path. Yields the one on the host."""
+    timeout = timedelta(seconds=timeouts.current_s)
     dist.init_process_group(
         backend,
         store=dist.PrefixStore("clipyard", store),
@@ -150,8 +211,11 @@ def session(cluster: ClusterConfig) -> Iterator[World]:
         device_id=device if backend == "nccl" else None,
     )
     try:
-        control = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else dist.group.WORLD
-        yield World(**{**world.__dict__, "control": control})
+        everyone = dist.group.WORLD
+        assert everyone is not None
+        control: Any = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else everyone
+        timeouts.groups += [everyone] if control is everyone else [everyone, control]
+        yield control
     finally:
         dist.destroy_process_group()
 

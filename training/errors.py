@@ -23,6 +23,10 @@ class PeerError(RuntimeError):
         self.exit_code = exit_code
 
 
+class LostRankError(PeerError):
+    """Another rank is gone, or the way to it. Raised where it is to be said: the lost one can no longer do so."""
+
+
 class CheckpointWriteError(CheckpointError):
     """A checkpoint could not be written. The last good one is untouched; another try may succeed."""
 
@@ -36,7 +40,7 @@ class NonFiniteError(RuntimeError):
 
 
 # What ends a run with one line and no traceback.
-UserError = (ConfigError, DataError, CheckpointError, NonFiniteError)
+UserError = (ConfigError, DataError, CheckpointError, NonFiniteError, LostRankError)
 
 __all__ = [
     "EXIT_CONFIG",
@@ -48,6 +52,7 @@ __all__ = [
     "ConfigError",
     "DataConfigError",
     "DataError",
+    "LostRankError",
     "NonFiniteError",
     "PeerError",
     "UserError",

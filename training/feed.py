@@ -65,6 +65,7 @@ class Feed:
 
         Raises DataError on every rank when one rank's loader failed.
         """
+        self._world.pulse.enter("data")
         started = time.perf_counter()
         batch, error = self._take()
         self.data_time_s = time.perf_counter() - started
@@ -77,6 +78,7 @@ class Feed:
         if call is Call.STOP:
             return None
         assert batch is not None
+        self._world.pulse.took(batch.shards[-1], batch.keys[-1])
         self._position = self._loader.position()
         return self._transfer(batch)
 

@@ -50,6 +50,12 @@ class Saver:
         """Write the state after `done` steps, once. Raises CheckpointWriteError on all ranks alike."""
         if done == self._last_step:
             return
+        self._world.pulse.enter("save")
+        with self._world.patient:
+            self._save(done, feed)
+        self._last_step = done
+
+    def _save(self, done: int, feed: Feed) -> None:
         positions, counts = feed.positions(), feed.counts()  # Collective:
         self.finish()
         with (
@@ -58,7 +64,6 @@ class Saver:
         ):
             if self._world.is_main:
                 self._write(done, weights, moments, Position.merge(positions).to_json(), counts)
-        self._last_step = done
 
     def save_again(self, done: int, feed: Feed, facts: dict[str, Any]) -> None:
         """Write the state after `done` steps in place of an earlier one; all later states hold `facts` too."""
@@ -105,5 +110,5 @@ class Saver:
 
     def finish(self) -> None:
         """Wait until the last checkpoint is on disk. Raises CheckpointWriteError on all ranks alike."""
-        with self._world.collectively("saving a checkpoint"):
+        with self._world.patient, self._world.collectively("saving a checkpoint"):
             self._checkpointer.wait()

@@ -54,6 +54,7 @@ class TrainStep:
 
     def __call__(self, batch: Batch, step: int, rate: float) -> StepResult:
         """Update the parameters with this rank's `batch` of micro_batch x accum_steps rows."""
+        self.world.pulse.enter("step", step + 1)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         micro_batches = batch.split(self.accum_steps)
