@@ -17,6 +17,11 @@ _TIMEOUT_S = 20.0
 _ALARM, _QUESTION = "alarm", "question"
 
 
+def place(phase: str, step: int) -> str:
+    """Where a rank is, for a sentence."""
+    return f"at step {step} ({phase})" if step else f"at the start ({phase})"
+
+
 @dataclass(frozen=True)
 class Beat:
     """A rank's own description. number: counts its beats. seconds: since the last sign of progress.
@@ -40,7 +45,7 @@ class Beat:
     @property
     def place(self) -> str:
         """Where the rank is, for a sentence."""
-        return f"at step {self.step} ({self.phase})" if self.step else f"at the start ({self.phase})"
+        return place(self.phase, self.step)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -165,6 +166,7 @@ def session(cluster: ClusterConfig) -> Iterator[World]:
         with _alone(world, cluster):
             yield world
         return
+    _allow_connections(launch.size)
     store = open_store(launch, cluster)
     call_roll(store, launch, cluster.rendezvous_timeout_s)
     limits = limits_of(cluster)
@@ -181,6 +183,15 @@ def session(cluster: ClusterConfig) -> Iterator[World]:
     finally:
         # Order matters: it still watches while the groups are left, which may hang.
         health.stop()
+
+
+def _allow_connections(size: int) -> None:
+    """The usual limit of 1024 open files is too low where each of many ranks has connections to this one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 1024 + 4 * size
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
 
 
 @contextmanager

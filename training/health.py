@@ -21,10 +21,10 @@ import torch.distributed as dist
 
 from data.urls import mask_url
 from data.worker_status import WorkerState, process_state, short_path
-from training.beats import Alarm, Beat, Board, Question
+from training.beats import Alarm, Beat, Board, Question, place
 from training.errors import EXIT_FAILED, LostRankError, PeerError
 from training.pulse import Pulse
-from training.stalls import Ages, StallWatch, late_ranks, silence_limit_s
+from training.stalls import Ages, Deputy, StallWatch, late_ranks, silence_limit_s
 from training.timeouts import Timeouts
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ class Health:
         self._address = _address_of(store)
         self._board = Board(store, self._rank, self._size)
         self._watch = StallWatch(self._board, self._stall_s, self._period_s, self._explain)
+        self._deputy = Deputy(self._board, self._stall_s, self._period_s)
         self._board.publish(self._beat())
 
     def start(self, groups: list[dist.ProcessGroup]) -> None:
@@ -75,6 +76,9 @@ class Health:
             self._mates = {beat.rank: beat for beat in mates if process_state(beat.pid) not in _GONE}
         if self._size > 1 or self._stall_s:
             self._thread.start()
+        if self._rank and self._may_speak and self._stall_s:
+            # The first thread may hang in the store that rank 0 serves.
+            threading.Thread(target=self._judge, name="deputy", daemon=True).start()
 
     def stop(self) -> None:
         """This rank ends as it should: nobody need look for it."""
@@ -129,6 +133,14 @@ class Health:
         self._look_at_the_clock()
         if self._rank == 0 and self._stall_s:
             self._watch.look(beat)
+        elif self._may_speak and self._stall_s:
+            self._deputy.look(beat)
+
+    def _judge(self) -> None:
+        while not self._stop.wait(self._period_s):
+            moment = self._pulse.moment
+            if self._refused_since is None:
+                self._deputy.judge(time.monotonic() - moment.since, place(moment.phase, moment.step))
 
     def _beat(self, ended: bool = False) -> Beat:
         moment, (shard, sample) = self._pulse.moment, self._pulse.taken
@@ -181,7 +193,7 @@ class Health:
 
     def _timed_out(self) -> Alarm:
         """The alarm after a time-out; those who may speak find out whose it was."""
-        limit = f"ranks waited for each other for {self._timeouts.current_s:.0f} s (--dist-timeout-s)"
+        limit = f"ranks waited for each other for {self._timeouts.current_s:.0f} s ({self._timeouts.flag})"
         if not self._may_speak:
             return Alarm(self._rank, limit, EXIT_FAILED)
         beats = self._board.beats()

@@ -110,5 +110,6 @@ class Saver:
 
     def finish(self) -> None:
         """Wait until the last checkpoint is on disk. Raises CheckpointWriteError on all ranks alike."""
+        self._world.pulse.enter("save")
         with self._world.patient, self._world.collectively("saving a checkpoint"):
             self._checkpointer.wait()

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
+from data.worker_status import process_state
 from training.beats import Beat, Board, Question
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ class StallWatch:
         for rank in asked:
             beat = beats[rank]
             lines.append(f"rank {rank} on {beat.host} (pid {beat.pid}):")
-            lines += [f"  {line}" for line in answers.get(rank, [f"silent for {ages[rank]:.0f} s, {_SILENT}"])]
+            lines += [f"  {line}" for line in answers.get(rank) or [_silence(beat, beats[0].host, ages[rank])]]
         if silent:
             lines[0] += f"; silent: {', '.join(map(str, silent))}"
         log.warning("%s", "\n".join(lines))
@@ -110,7 +111,43 @@ class StallWatch:
         return own | answers
 
 
-_SILENT = "and it does not answer: stopped, or its host is gone, or its interpreter hangs"
+def _silence(beat: Beat, own_host: str, age: float) -> str:
+    """What can be said of a rank that does not answer."""
+    said = f"does not answer; no heartbeat for {age:.0f} s or more: "
+    if beat.host == own_host and (process := process_state(beat.pid)) not in ("running", "sleeping"):
+        return f"{said}its process is {process}"
+    return f"{said}it is stopped, or its interpreter hangs, or its host or network failed"
+
+
+class Deputy:
+    """Says on another rank that rank 0 itself is silent; it may serve the store, whose answers then fail to come."""
+
+    def __init__(self, board: Board, stall_s: float, period_s: float):
+        self._board = board
+        self._stall_s = stall_s
+        self._limit_s = silence_limit_s(period_s)
+        self._ages = Ages()
+        self._age = 0.0
+        self._contact = time.monotonic()
+        self._due_s = stall_s
+
+    def look(self, own: Beat) -> None:
+        """To be called every period while the store answers."""
+        self._contact = time.monotonic()
+        self._age = self._ages.update(self._board.beats(range(1)))[0] if own.seconds > self._stall_s / 2 else 0.0
+
+    def judge(self, seconds: float, where: str) -> None:
+        """To be called every period, whatever the store does, with how long this rank has stood still, and where."""
+        quiet = max(self._age, time.monotonic() - self._contact)
+        if seconds < self._stall_s:
+            self._due_s = self._stall_s
+        elif seconds >= self._due_s and quiet > self._limit_s:
+            self._due_s = 2 * seconds
+            log.warning(
+                "no progress for %.0f s, and rank 0 has been silent for %.0f s or more: it or its host is stopped, or "
+                "cannot be reached; this rank stands %s",
+                *(seconds, quiet, where),
+            )
 
 
 def headline(late: list[int], size: int, seconds: float) -> str:

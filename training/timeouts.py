@@ -53,6 +53,11 @@ class Timeouts:
         """Seconds that an agreement which begins now may take."""
         return self._limits.running_s if self._started and not self._depth else self._limits.startup_s
 
+    @property
+    def flag(self) -> str:
+        """Which setting `current_s` is."""
+        return "--dist-timeout-s" if self._started and not self._depth else "--dist-startup-timeout-s"
+
     def settle(self) -> None:
         """The first step is done: what took long at the start need not be allowed for any more."""
         self._started = True
