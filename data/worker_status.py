@@ -15,7 +15,7 @@ import re
 import signal
 import struct
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import reduction
 from typing import Any
 
@@ -29,6 +29,7 @@ _MAX_TEXT = (_PAGE - _TEXT) // 2
 _STACK_FILE = "clipyard-stack"
 _STACK_SIGNAL = signal.SIGRTMIN + 6 if hasattr(signal, "SIGRTMIN") else None
 _ANSWER_S = 1.0
+_ALL_ANSWERS_S = 2.0
 _SETTLED_S = 0.05
 _MAX_FRAMES = 12
 _FRAME = re.compile(r'File "(?P<path>.*)", line (?P<line>\d+) in (?P<name>.*)')
@@ -67,6 +68,7 @@ class WorkerState:
     shard: str
     sample: str
     stack: tuple[str, ...] = ()
+    stack_file: int = -1  # of the process; it can be asked for its stack
 
     @property
     def is_idle(self) -> bool:
@@ -100,8 +102,14 @@ class Pages:
         return Note(memoryview(self._memory)[worker * _PAGE : (worker + 1) * _PAGE])
 
     def look(self, with_stacks: bool) -> list[WorkerState]:
-        """The state of every worker. With `with_stacks`, those that can answer within a second say where they are."""
-        return [_look(number, self._page(number), with_stacks) for number in range(self._count)]
+        """The state of every worker. With `with_stacks`, those say where they are that can answer, within seconds."""
+        states = [_look(number, self._page(number)) for number in range(self._count)]
+        if with_stacks:
+            until = time.monotonic() + _ALL_ANSWERS_S
+            for state in sorted(states, key=lambda state: state.is_idle):
+                if time.monotonic() < until:
+                    states[state.number] = replace(state, stack=_ask_for_stack(state))
+        return states
 
     def _page(self, worker: int) -> bytes:
         """A page that is not being written, if there comes such a moment: a stopped worker may be in the midst."""
@@ -148,21 +156,19 @@ class Note:
         _COUNTER.pack_into(self._page, 0, self._writes)
 
 
-def _look(number: int, page: bytes, with_stack: bool) -> WorkerState:
+def _look(number: int, page: bytes) -> WorkerState:
     pid, stack_file, doing, shard_length, sample_length, since = _FIXED.unpack_from(page, _COUNTER.size)
     shard = page[_TEXT : _TEXT + shard_length].decode(errors="replace")
     sample = page[_TEXT + shard_length : _TEXT + shard_length + sample_length].decode(errors="replace")
-    process = process_state(pid) if pid else "not yet started"
-    answers = with_stack and process in ("running", "sleeping") and stack_file >= 0
     return WorkerState(
         number,
         pid,
-        process,
+        process_state(pid) if pid else "not yet started",
         Doing(doing).name.lower(),
         time.monotonic() - since if pid else 0.0,
         mask_url(shard),
         sample,
-        _ask_for_stack(pid, stack_file) if answers else (),
+        stack_file=stack_file,
     )
 
 
@@ -177,8 +183,11 @@ def process_state(pid: int) -> str:
     return _STATES.get(letter, letter)
 
 
-def _ask_for_stack(pid: int, file_number: int) -> tuple[str, ...]:
-    path = f"/proc/{pid}/fd/{file_number}"
+def _ask_for_stack(worker: WorkerState) -> tuple[str, ...]:
+    """Nothing where the process cannot answer; a stopped one would do so later, when nobody listens."""
+    if worker.process not in ("running", "sleeping") or worker.stack_file < 0:
+        return ()
+    path = f"/proc/{worker.pid}/fd/{worker.stack_file}"
     try:
         # The number may be another process's by now, which the signal would end.
         if _STACK_FILE not in os.readlink(path):
@@ -186,7 +195,7 @@ def _ask_for_stack(pid: int, file_number: int) -> tuple[str, ...]:
         with open(path, "rb") as file:
             start = file.seek(0, os.SEEK_END)
             assert _STACK_SIGNAL is not None
-            os.kill(pid, _STACK_SIGNAL)
+            os.kill(worker.pid, _STACK_SIGNAL)
             _wait_for_growth(file.fileno(), start)
             file.seek(start)
             return stack_of(file.read().decode(errors="replace"))
