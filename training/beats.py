@@ -7,6 +7,7 @@ one request of rank 0, made only when it suspects something (4,096 of them: 0.05
 from __future__ import annotations
 
 import json
+import socket
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
@@ -69,6 +70,7 @@ class Board:
     """The keys, seen by one rank. Has a connection of its own: a training thread that waits must not block it."""
 
     def __init__(self, store: dist.Store, rank: int, size: int):
+        self._server = _server_of(store)
         own = store.clone()
         own.set_timeout(timedelta(seconds=_TIMEOUT_S))
         self._store = dist.PrefixStore("health", own)
@@ -77,6 +79,21 @@ class Board:
         if rank == 0:
             self._store.set(_ALARM, "")
             self._store.set(_QUESTION, "")
+
+    @property
+    def address(self) -> str:
+        """Where the store is served."""
+        return "{}:{}".format(*self._server)
+
+    def is_gone(self) -> bool:
+        """True when nobody listens where the store was. A host that does not answer may come back."""
+        try:
+            socket.create_connection(self._server, timeout=3).close()
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+        return False
 
     def publish(self, beat: Beat) -> None:
         """This rank's heartbeat; at least one before anybody reads."""
@@ -114,6 +131,12 @@ class Board:
 
     def _answer_key(self, question: Question, rank: int) -> str:
         return f"answer/{question.number}/{rank}"
+
+
+def _server_of(store: dist.Store) -> tuple[str, int]:
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return (store.host, store.port) if isinstance(store, dist.TCPStore) else ("", 0)
 
 
 def _decoded(value: bytes) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import sys
 import threading
 import time
@@ -20,11 +19,11 @@ from contextlib import contextmanager, suppress
 import torch.distributed as dist
 
 from data.urls import mask_url
-from data.worker_status import WorkerState, process_state, short_path
+from data.worker_status import process_state, short_path
 from training.beats import Alarm, Beat, Board, Question, place
 from training.errors import EXIT_FAILED, LostRankError, PeerError
 from training.pulse import Pulse
-from training.stalls import Ages, Deputy, StallWatch, late_ranks, silence_limit_s
+from training.stalls import Ages, Deputy, StallWatch, describe_worker, late_ranks, silence_limit_s
 from training.timeouts import Timeouts
 
 log = logging.getLogger(__name__)
@@ -40,10 +39,9 @@ _STORE_ERRORS = (dist.DistError, RuntimeError, TimeoutError)
 
 
 class Health:
-    """One rank's part. `groups` are the process groups, whose collectives are counted."""
+    """One rank's part. `local`: the ranks that were started on this host, this one included."""
 
     def __init__(self, rank: int, size: int, local: range, pulse: Pulse, timeouts: Timeouts, stall_s: float):
-        """`local`: the ranks that were started on this host, this one included."""
         self._rank, self._size, self._local = rank, size, local
         self._pulse, self._timeouts, self._stall_s = pulse, timeouts, stall_s
         self._period_s = max(1.0, size / _RANKS_A_SECOND)
@@ -60,14 +58,13 @@ class Health:
 
     def join(self, store: dist.Store) -> None:
         """The first heartbeat, before any other rank may look for it."""
-        self._address = _address_of(store)
         self._board = Board(store, self._rank, self._size)
         self._watch = StallWatch(self._board, self._stall_s, self._period_s, self._explain)
         self._deputy = Deputy(self._board, self._stall_s, self._period_s)
         self._board.publish(self._beat())
 
     def start(self, groups: list[dist.ProcessGroup]) -> None:
-        """To be called when all ranks have joined."""
+        """To be called when all ranks have joined. `groups`: the process groups, whose collectives are counted."""
         self._groups = groups
         if self._size > 1:
             host = self._pulse.host
@@ -239,13 +236,12 @@ class Health:
 
     def _is_refused(self) -> bool:
         """True once nobody listens where the store was; a host that merely does not answer may come back."""
-        if self._refused_since is None and _refuses(self._address):
+        if self._refused_since is None and self._board.is_gone():
             self._refused_since = time.monotonic()
         return self._refused_since is not None
 
     def _store_lost(self) -> Alarm:
-        host, port = self._address
-        text = f"rank 0, or what serves its store at {host}:{port}, is gone; rank {self._rank} was"
+        text = f"rank 0, or what serves its store at {self._board.address}, is gone; rank {self._rank} was"
         return Alarm(0, f"{text} {self._beat().place}: {_LOST}", EXIT_FAILED)
 
     def _find_lost(self, error: Exception) -> Alarm:
@@ -305,37 +301,12 @@ def is_lost_connection(error: BaseException) -> bool:
     )
 
 
-def describe_worker(worker: WorkerState) -> str:
-    """One line for a loader worker."""
-    doing = "waiting for storage" if worker.doing == "reading" else worker.doing
-    at = f", at {worker.sample} of {worker.shard}" if worker.shard else ""
-    return (
-        f"loader worker {worker.number} (pid {worker.pid}) is {worker.process}; {doing} for {worker.seconds:.0f} s{at}"
-    )
-
-
 def _entered(group: dist.ProcessGroup) -> int:
     """Collectives that this rank has entered on `group`."""
     try:
         return int(group._get_sequence_number_for_group())  # type: ignore[attr-defined]
     except RuntimeError:  # not before the first one
         return 0
-
-
-def _address_of(store: dist.Store) -> tuple[str, int]:
-    while isinstance(store, dist.PrefixStore):
-        store = store.underlying_store
-    return (store.host, store.port) if isinstance(store, dist.TCPStore) else ("", 0)
-
-
-def _refuses(address: tuple[str, int]) -> bool:
-    try:
-        socket.create_connection(address, timeout=3).close()
-    except ConnectionRefusedError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def _code_of(error: BaseException) -> int:

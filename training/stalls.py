@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from data.worker_status import process_state
+from data.worker_status import WorkerState, process_state
 from training.beats import Beat, Board, Question
 
 log = logging.getLogger(__name__)
@@ -148,6 +148,15 @@ class Deputy:
                 "cannot be reached; this rank stands %s",
                 *(seconds, quiet, where),
             )
+
+
+def describe_worker(worker: WorkerState) -> str:
+    """One line for a loader worker."""
+    doing = "waiting for storage" if worker.doing == "reading" else worker.doing
+    at = f", at {worker.sample} of {worker.shard}" if worker.shard else ""
+    return (
+        f"loader worker {worker.number} (pid {worker.pid}) is {worker.process}; {doing} for {worker.seconds:.0f} s{at}"
+    )
 
 
 def headline(late: list[int], size: int, seconds: float) -> str:

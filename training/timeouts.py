@@ -81,6 +81,6 @@ class Timeouts:
 
 
 def _set_timeout(limit: timedelta, group: dist.ProcessGroup) -> None:
-    # Public since torch 2.14 or so. Gloo of torch 2.8 takes no notice; there `training.health` watches the clock.
+    # Older torch has it by another name only. Gloo of 2.8 takes no notice: there `training.health` watches the clock.
     public = getattr(dist, "set_timeout", None)
     (public or dist.distributed_c10d._set_pg_timeout)(limit, group)

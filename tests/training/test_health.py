@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -14,14 +15,15 @@ import torch.distributed as dist
 
 from data.worker_status import WorkerState
 from tests.helpers.gloo import run_ranks
+from tests.helpers.process import poll
 from training.beats import Alarm, Beat, Board, Question
 from training.cli import parse_args
 from training.config import ClusterConfig
 from training.distributed import World, session
-from training.errors import ConfigError, LostRankError
-from training.health import describe_worker, is_lost_connection
+from training.errors import ConfigError, LostRankError, PeerError
+from training.health import Health, is_lost_connection
 from training.pulse import Pulse
-from training.stalls import Ages, Deputy, StallWatch, headline, late_ranks, table
+from training.stalls import Ages, Deputy, StallWatch, describe_worker, headline, late_ranks, table
 from training.timeouts import Timeouts, limits_of
 
 
@@ -169,6 +171,69 @@ def test_a_worker_is_described_on_one_line() -> None:
 )
 def test_broken_connections_between_ranks_are_told_from_other_errors(error: Exception, expected: bool) -> None:
     assert is_lost_connection(error) == bool(expected)
+
+
+# ---- the end
+
+
+def _alarmed(monkeypatch: pytest.MonkeyPatch) -> tuple[Health, Pulse, list[int]]:
+    """Rank 1 of 2, whose exit is only noted, with a short grace."""
+    pulse, exits = Pulse(), []
+    health = Health(1, 2, range(2), pulse, Timeouts(limits_of(ClusterConfig())), 0.0)
+    health.join(dist.HashStore())
+    monkeypatch.setattr("training.health._GRACE_S", 0.1)
+    monkeypatch.setattr(os, "_exit", exits.append)
+    monkeypatch.setattr(threading, "Timer", lambda *args: threading.Thread(target=int))
+    return health, pulse, exits
+
+
+ALARM = Alarm(0, "rank 0 on node0 ended: RuntimeError: out of luck", 3)
+
+
+def test_after_an_alarm_a_rank_ends_with_its_code(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    health, _, exits = _alarmed(monkeypatch)
+    health._end(ALARM)
+    assert exits == [3]
+    assert [record.getMessage() for record in caplog.records] == [f"error: {ALARM.text}"]
+
+
+def test_who_is_on_the_way_out_is_let_go_in_peace(monkeypatch: pytest.MonkeyPatch) -> None:
+    health, _, exits = _alarmed(monkeypatch)
+    health.stop()
+    health._end(ALARM)
+    assert exits == []
+
+
+def test_a_checkpoint_that_is_being_written_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    health, pulse, exits = _alarmed(monkeypatch)
+    seen: list[list[int]] = []
+
+    def write() -> None:
+        with pulse.unfinished("writing"):
+            time.sleep(1.0)
+            seen.append(list(exits))
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    poll(lambda: pulse.must_finish, 10, "the writer")
+    health._end(ALARM)
+    writer.join()
+    assert seen == [[]] and exits == [3]
+
+
+def test_errors_that_all_ranks_know_raise_no_alarm_and_others_do() -> None:
+    store = dist.HashStore()
+    board = Board(store, 0, 2)
+    health = Health(1, 2, range(2), Pulse(), Timeouts(limits_of(ClusterConfig())), 0.0)
+    health.join(store)
+    health.raise_alarm(PeerError("reading: rank 0: no such bucket", 2))
+    assert board.notices()[0] is None
+    health.raise_alarm(ConfigError("no such thing\nand more"))
+    alarm = board.notices()[0]
+    assert alarm is not None and (alarm.rank, alarm.code) == (1, 2)
+    assert alarm.text.endswith(" ended: ConfigError: no such thing")
 
 
 # ---- the pulse
