@@ -59,7 +59,7 @@ class Health:
     def join(self, store: dist.Store) -> None:
         """The first heartbeat, before any other rank may look for it."""
         self._board = Board(store, self._rank, self._size)
-        self._watch = StallWatch(self._board, self._stall_s, self._period_s, self._explain)
+        self._watch = StallWatch(self._board, self._stall_s, self._period_s, self._explain, self._publish)
         self._deputy = Deputy(self._board, self._stall_s, self._period_s)
         self._board.publish(self._beat())
 
@@ -119,8 +119,7 @@ class Health:
     def _round(self) -> None:
         if self._refused_since is not None:
             raise ConnectionError("refused")
-        beat = self._beat()
-        self._board.publish(beat)
+        beat = self._publish()
         alarm, question = self._board.notices()
         if alarm is not None:
             self._end(alarm)
@@ -136,8 +135,14 @@ class Health:
     def _judge(self) -> None:
         while not self._stop.wait(self._period_s):
             moment = self._pulse.moment
-            if self._refused_since is None:
+            # After an alarm the first thread has other things to do than to look at rank 0.
+            if self._refused_since is None and self._alarm is None:
                 self._deputy.judge(time.monotonic() - moment.since, place(moment.phase, moment.step))
+
+    def _publish(self) -> Beat:
+        beat = self._beat()
+        self._board.publish(beat)
+        return beat
 
     def _beat(self, ended: bool = False) -> Beat:
         moment, (shard, sample) = self._pulse.moment, self._pulse.taken

@@ -53,13 +53,21 @@ class Ages:
 
 
 class StallWatch:
-    """Rank 0's eye on all ranks. `explain` gives what this rank itself would answer."""
+    """Rank 0's eye on all ranks. `explain` gives what this rank itself would answer, `beat` publishes that it lives."""
 
-    def __init__(self, board: Board, stall_s: float, period_s: float, explain: Callable[[], list[str]]):
+    def __init__(
+        self,
+        board: Board,
+        stall_s: float,
+        period_s: float,
+        explain: Callable[[], list[str]],
+        beat: Callable[[], object] = lambda: None,
+    ):
         self._board = board
         self._stall_s = stall_s
         self._period_s = period_s
         self._explain = explain
+        self._beat = beat
         self._ages = Ages()
         self._num_questions = 0
         self._due_s = stall_s  # of standing still, until the next report
@@ -107,6 +115,7 @@ class StallWatch:
         answers: dict[int, list[str]] = {}
         while len(answers) < len(others) and time.monotonic() < deadline:
             time.sleep(0.2)
+            self._beat()  # Who waits for the answers of others must not be taken for silent.
             answers = self._board.answers(question)
         return own | answers
 
