@@ -99,6 +99,10 @@ class Board:
         """This rank's heartbeat; at least one before anybody reads."""
         self._store.set(f"beat/{beat.rank}", json.dumps(asdict(beat)))
 
+    def has_come(self, rank: int) -> bool:
+        """True once `rank` has published."""
+        return bool(self._store.check([f"beat/{rank}"]))
+
     def beats(self, ranks: range | None = None) -> list[Beat]:
         """The last heartbeat of each rank."""
         values = self._store.multi_get([f"beat/{rank}" for rank in ranks or range(self._size)])

@@ -176,10 +176,11 @@ def session(cluster: ClusterConfig) -> Iterator[World]:
     health = Health(launch.rank, launch.size, local, world.pulse, timeouts, limits.stall_s)
     health.join(store)
     try:
-        with _process_groups(backend, store, launch, device, timeouts) as control:
-            health.start(timeouts.groups)
-            with watched(health):
-                yield replace(world, control=control, timeouts=timeouts, health=health)
+        health.start(timeouts.groups)
+        groups = _process_groups(backend, store, launch, device, timeouts)
+        # Twice: an error inside must be known to the others before the groups are left.
+        with watched(health), groups as control, watched(health):
+            yield replace(world, control=control, timeouts=timeouts, health=health)
     finally:
         # Order matters: it still watches while the groups are left, which may hang.
         health.stop()

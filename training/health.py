@@ -48,6 +48,7 @@ class Health:
         self._groups: list[dist.ProcessGroup] = []
         self._number = 0
         self._answered = 0
+        self._unseen = set(local) - {rank}
         self._mates: dict[int, Beat] = {}
         self._refused_since: float | None = None
         self._alarm: Alarm | None = None
@@ -64,13 +65,8 @@ class Health:
         self._board.publish(self._beat())
 
     def start(self, groups: list[dist.ProcessGroup]) -> None:
-        """To be called when all ranks have joined. `groups`: the process groups, whose collectives are counted."""
+        """`groups`: the process groups, as they are made, whose collectives are counted."""
         self._groups = groups
-        if self._size > 1:
-            host = self._pulse.host
-            mates = [beat for beat in self._board.beats(self._local) if beat.rank != self._rank and beat.host == host]
-            # Containers may hide the processes beside this one: those say nothing by being gone.
-            self._mates = {beat.rank: beat for beat in mates if process_state(beat.pid) not in _GONE}
         if self._size > 1 or self._stall_s:
             self._thread.start()
         if self._rank and self._may_speak and self._stall_s:
@@ -176,8 +172,18 @@ class Health:
             lines.append(f"loader workers that have prepared as much as they may: {idle}")
         return lines
 
+    def _greet_mates(self) -> None:
+        """Notes the processes of this host as they come."""
+        for rank in [rank for rank in self._unseen if self._board.has_come(rank)]:
+            self._unseen.remove(rank)
+            (beat,) = self._board.beats(range(rank, rank + 1))
+            # Containers may hide the processes beside this one: those say nothing by being gone.
+            if beat.host == self._pulse.host and process_state(beat.pid) not in _GONE:
+                self._mates[rank] = beat
+
     def _look_after_mates(self) -> None:
         """Processes of this host that are gone, and did not say that they go."""
+        self._greet_mates()
         gone = [beat for beat in self._mates.values() if process_state(beat.pid) in _GONE]
         for beat in gone:
             del self._mates[beat.rank]
