@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
 from data.background import DaemonPool
@@ -121,6 +121,12 @@ class LaneReader:
         key = (self._order.seed, self._lane, block.begin.epoch, block.begin.block, *self._order.salt)
         block.permute(KeyedRandom("block", *key).permutation(len(block.samples)).tolist())
         return block
+
+    @property
+    def reading(self) -> tuple[str, str]:
+        """Shard and sample that are read at the moment, as well as another thread can tell."""
+        segment = self._segment
+        return ("", "") if segment is None else (self._urls[segment.shard], f"number {self._sample}")
 
     def _put(self, block: Block, raw: RawSample) -> None:
         assert self._segment is not None
@@ -242,6 +248,16 @@ class Lane:
         self._cursor = block.begin._replace(emitted=self._emitted, taken=self._cursor.taken)
         return block.ids[position], raw, block.shards[position], begun
 
+    def wait(self, timeout_s: float) -> bool:
+        """True when there is a sample to be had; False when `timeout_s` were not enough to read it."""
+        has_sample = self._block is not None and self._emitted < len(self._block.samples)
+        return has_sample or bool(wait([self._ahead], timeout_s).done)
+
+    @property
+    def reading(self) -> tuple[str, str]:
+        """Shard and sample that are read ahead at the moment."""
+        return self._reader.reading
+
     def count_row(self) -> None:
         """Notes that the sample last handed out became a row of a batch."""
         self._cursor = self._cursor._replace(taken=self._cursor.taken + 1)
@@ -279,6 +295,15 @@ class MixedLane:
     def next_sample(self) -> tuple[SampleId, RawSample, int, Block | None]:
         """As `Lane.next_sample`, of the source whose turn it is."""
         return self._current.next_sample()
+
+    def wait(self, timeout_s: float) -> bool:
+        """As `Lane.wait`, of the source whose turn it is."""
+        return self._current.wait(timeout_s)
+
+    @property
+    def reading(self) -> tuple[str, str]:
+        """As `Lane.reading`, of the source whose turn it is."""
+        return self._current.reading
 
     def count_row(self) -> None:
         """Notes that the sample last handed out became a row of a batch: the turn passes on."""

@@ -40,6 +40,7 @@ from data.stats import LoaderStats, check_skip_fraction
 from data.storage import PROBE
 from data.where import Filter, Where
 from data.worker import Part, Plan, Tokenize, Worker, run_worker
+from data.worker_status import Pages, WorkerState
 
 _PREFLIGHT_CHUNK_BYTES = 1 << 20
 _PREFETCH = 3  # parts that each worker may be ahead
@@ -103,6 +104,7 @@ class TrainLoader:
         self._plan = Plan(config, tokenize, start.lanes, start.block_bytes, dict(self._cursors))
         self._num_workers = min(config.workers, len(lanes))
         self._receivers = [Receiver() for _ in range(max(1, self._num_workers))]
+        self._pages = Pages(len(self._receivers))
         self._parts: Iterator[Any] | None = None
         self._processes: list[BaseProcess] = []
         self._context: WorkerContext | None = None
@@ -132,6 +134,14 @@ class TrainLoader:
         """Counts since this loader began, of what the batches taken cost."""
         self._stats.epochs = min(cursor.epoch for cursor in self._cursors.values())
         return self._stats
+
+    def workers(self, with_stacks: bool = False) -> list[WorkerState]:
+        """What each worker is at, stopped and hanging ones too; may be called from any thread.
+
+        With `with_stacks` those that answer within a second say where they are. Without workers of its own the
+        loader describes this process.
+        """
+        return self._pages.look(with_stacks)
 
     def close(self) -> None:
         """Ends the workers at once: they hold nothing that is not in the position. Then there are no more batches."""
@@ -172,13 +182,13 @@ class TrainLoader:
 
     def _start_parts(self) -> Iterator[Any]:
         if not self._num_workers:
-            return run_worker(Worker(self._plan))
+            return run_worker(Worker(self._plan, note=self._pages.note(0)))
         before = set(multiprocessing.active_children())
         # Ours must run before multiprocessing's own exit handler, which would wait for workers that ignore SIGTERM.
         atexit.register(self._end_workers)
         try:
             self._context = WorkerContext()
-            return _worker_parts(self._plan, self._num_workers, self._context)
+            return _worker_parts(self._plan, self._num_workers, self._context, self._pages)
         finally:
             self._processes = [child for child in multiprocessing.active_children() if child not in before]
 
@@ -195,13 +205,13 @@ class TrainLoader:
                 ) from error
 
 
-def _worker_parts(plan: Plan, num_workers: int, context: WorkerContext) -> Iterator[Any]:
+def _worker_parts(plan: Plan, num_workers: int, context: WorkerContext, pages: Pages) -> Iterator[Any]:
     """Parts from `num_workers` processes: the first worker's of the first batch, the second's, and so on."""
     with warnings.catch_warnings():
         # More workers than cores is the user's choice, and right where storage is slow.
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
         loader: DataLoader[Any] = DataLoader(
-            _Parts(plan),
+            _Parts(plan, pages),
             batch_size=None,
             num_workers=num_workers,
             prefetch_factor=_PREFETCH,
@@ -216,14 +226,17 @@ def _worker_parts(plan: Plan, num_workers: int, context: WorkerContext) -> Itera
 class _Parts(IterableDataset[Any]):
     """A worker's parts as DataLoader wants them; one item a batch from every worker keeps its round robin in step."""
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: Plan, pages: Pages):
         self._plan = plan
+        self._pages = pages
 
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
         assert info is not None
+        note = self._pages.note(info.id)
+        note.begin()
         # The loader reads one part while up to _PREFETCH more are under way.
-        return run_worker(Worker(self._plan, info.id, info.num_workers, share_memory=True, num_slots=_PREFETCH + 1))
+        return run_worker(Worker(self._plan, info.id, info.num_workers, True, _PREFETCH + 1, note))
 
 
 class _Setup:

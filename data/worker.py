@@ -25,10 +25,12 @@ from data.samples import RawSample, SampleError, SampleId
 from data.stats import LoaderStats, check_skip_fraction
 from data.strands import LaneOpener
 from data.urls import mask_url
+from data.worker_status import Doing, Note
 
 _READ_THREADS = 8
 _CHECK_EVERY = 100  # samples in a row that cannot be used
 _BARREN_LIMIT = 10_000
+_NOTE_S = 1.0  # between notes of what is being read
 
 Tokenize = Callable[[list[str]], torch.Tensor]
 
@@ -61,12 +63,21 @@ class Part:
 class Worker:
     """Worker number `index` of `count` of a rank; `parts` yields one part a batch, for ever.
 
-    num_slots: parts whose pixels are kept; the one after them overwrites the first.
+    num_slots: parts whose pixels are kept; the one after them overwrites the first. note: where it says what it is at.
     """
 
-    def __init__(self, plan: Plan, index: int = 0, count: int = 1, share_memory: bool = False, num_slots: int = 1):
+    def __init__(
+        self,
+        plan: Plan,
+        index: int = 0,
+        count: int = 1,
+        share_memory: bool = False,
+        num_slots: int = 1,
+        note: Note | None = None,
+    ):
         config = plan.config
         self._config = config
+        self._note = note or Note()
         self._tokenize = plan.tokenize
         self._pixels = Sender(config.image_size, num_slots, share_memory)
         self._preparer = Preparer(config)
@@ -112,6 +123,8 @@ class Worker:
         part.cursors = self._cursors()
         part.stats, self._new = self._new, LoaderStats()
         self._all.add(part.stats)
+        if part.keys:
+            self._note.write(Doing.AHEAD, part.shards[-1], part.keys[-1])
         return part
 
     def _cursors(self) -> dict[int, LaneCursor]:
@@ -124,7 +137,10 @@ class Worker:
     def _next_good(self, lane: Lane | MixedLane) -> tuple[RawSample, Prepared]:
         """The lane's next sample that can be used; those that cannot are counted on the way."""
         while True:
+            while not lane.wait(_NOTE_S):
+                self._note.write(Doing.READING, *lane.reading)
             sample_id, raw, shard, begun = lane.next_sample()
+            self._note.write(Doing.PREPARING, raw.shard, raw.key)
             if begun is not None:
                 self._count_block(begun)
             source = self._source_of(shard)

@@ -183,7 +183,8 @@ class Checkpointer:
     def _in_background(self, work: Callable[[], None], what: str) -> None:
         def guarded() -> None:
             try:
-                work()
+                with self._world.pulse.unfinished(what):
+                    work()
             except CheckpointWriteError as error:
                 self._error = error
             except Exception as error:  # whatever it is, it must reach the training thread

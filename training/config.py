@@ -221,7 +221,15 @@ class ClusterConfig:
     device: str = option("auto", "auto takes CUDA when there is one", choices=("auto", "cuda", "cpu"))
     dist_backend: str | None = option(None, "nccl on CUDA, gloo on the CPU", choices=("nccl", "gloo"))
     dist_url: str | None = option(None, "rendezvous as tcp://host:port instead of the environment's")
-    dist_timeout_s: float = option(600.0, "seconds that a collective may take")
+    dist_timeout_s: float = option(600.0, "seconds that ranks may wait for each other once a step is done")
+    dist_startup_timeout_s: float | None = option(
+        None, "the same before that, and around saving and evaluation (1800, or --dist-timeout-s if that is longer)"
+    )
+    stall_timeout: float | None = option(
+        None,
+        "seconds without progress until a report says which rank is late, where and at which shard (120, or a third of "
+        "--dist-timeout-s if that is less); 0 is never",
+    )
     rendezvous_timeout_s: float = option(120.0, "seconds in which all ranks must have come")
     ddp_static_graph: bool = option(False, "tell DDP that the graph never changes")
     fsdp: bool = option(False, "shard parameters, gradients and optimiser over the ranks (FSDP2), block by block")

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
@@ -22,10 +23,13 @@ import torch.distributed as dist
 
 from training.config import ClusterConfig
 from training.errors import EXIT_FAILED, ConfigError, PeerError, StoppedEarly
+from training.health import Health, watched
 from training.launch import Launch, read_launch
+from training.pulse import Pulse
 from training.rendezvous import open_store
 from training.roll import Roll
 from training.rollcall import call_roll, make_card
+from training.timeouts import Timeouts, limits_of
 
 T = TypeVar("T")
 
@@ -49,6 +53,9 @@ class World:
     # What a collective may take; whoever needs longer meets the others in between.
     timeout_s: float = 600.0
     roll: Roll = Roll()  # who came
+    pulse: Pulse = field(default_factory=Pulse)
+    timeouts: Timeouts | None = None
+    health: Health | None = None
 
     @property
     def is_main(self) -> bool:
@@ -58,14 +65,16 @@ class World:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:
-            dist.barrier(group=self.control)  # Collective:
+            with self.pulse.waiting("barrier"):
+                dist.barrier(group=self.control)  # Collective:
 
     def all_gather_object(self, value: T) -> list[T]:
         """Every rank's value, by rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.control)  # Collective:
+        with self.pulse.waiting("gather"):
+            dist.all_gather_object(values, value, group=self.control)  # Collective:
         return values
 
     def gather_object(self, value: T) -> list[T] | None:
@@ -77,7 +86,8 @@ class World:
         padded = own.new_zeros(self.max_int(len(own)))
         padded[: len(own)] = own
         rows = [torch.empty_like(padded) for _ in range(self.size)] if self.is_main else None
-        dist.gather(padded, rows, group=self.control)  # Collective:
+        with self.pulse.waiting("gather"):
+            dist.gather(padded, rows, group=self.control)  # Collective:
         return None if rows is None else [pickle.loads(row.numpy().tobytes()) for row in rows]
 
     def broadcast_object(self, value: T, src: int = 0) -> T:
@@ -85,20 +95,37 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=src, group=self.control)  # Collective:
+        with self.pulse.waiting("broadcast"):
+            dist.broadcast_object_list(box, src=src, group=self.control)  # Collective:
         return box[0]
 
     def max_int(self, value: int) -> int:
         """The largest of all ranks' values."""
+        self.pulse.beat()
         if self.size == 1:
             return value
         tensor = torch.tensor(value)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)  # Collective:
+        with self.pulse.waiting("agreement"):
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)  # Collective:
         return int(tensor)
 
     def any(self, flag: bool) -> bool:
         """True when any rank says so."""
         return bool(self.max_int(int(flag)))
+
+    @property
+    def patient(self) -> AbstractContextManager[None]:
+        """A context in which ranks wait for each other as long as at the start; must end with an agreement."""
+        return nullcontext() if self.timeouts is None else self.timeouts.patient()
+
+    def settle(self) -> None:
+        """The first step is done: from now on ranks wait for each other for a short time only."""
+        if self.timeouts is not None:
+            self.timeouts.settle()
+
+    def explained(self, error: Exception) -> Exception:
+        """An error as a person wants it: of a broken connection, which rank was lost."""
+        return error if self.health is None else self.health.explained(error)
 
     @contextmanager
     def collectively(self, what: str) -> Iterator[None]:
@@ -196,25 +223,75 @@ def session(cluster: ClusterConfig, settings: Mapping[str, Any] | None = None) -
     if launch.size == 1:
         if problem:
             raise ConfigError(problem)
-        yield world
+        with _alone(world, cluster):
+            yield world
         return
+    _allow_connections(launch.size)
     settings = settings or {}
     store = open_store(launch, cluster)
     roll, fresh = call_roll(store, launch, cluster, make_card(launch, device, backend, settings, problem), settings)
     if launch.warning:
         roll = replace(roll, warnings=(*roll.warnings, launch.warning))
-    timeout = timedelta(seconds=cluster.dist_timeout_s)
+    world = replace(world, roll=roll, timeout_s=cluster.dist_timeout_s)
+    limits = limits_of(cluster)
+    first_local = launch.rank - launch.local_rank
+    timeouts = Timeouts(limits)
+    local = range(first_local, min(first_local + launch.local_size, launch.size))
+    health = Health(launch.rank, launch.size, local, world.pulse, timeouts, limits.stall_s)
+    health.join(fresh)
+    try:
+        health.start(timeouts.groups)
+        groups = _process_groups(backend, fresh, launch, device, timeouts)
+        # Twice: an error inside must be known to the others before the groups are left.
+        with watched(health), groups as control, watched(health):
+            yield replace(world, control=control, timeouts=timeouts, health=health)
+    finally:
+        # Order matters: it still watches while the groups are left, which may hang.
+        health.stop()
+
+
+def _allow_connections(size: int) -> None:
+    """The usual limit of 1024 open files is too low where each of many ranks has connections to this one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 1024 + 4 * size
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
+
+
+@contextmanager
+def _alone(world: World, cluster: ClusterConfig) -> Iterator[None]:
+    """A world of one has nobody to wait for but its own loader."""
+    limits = limits_of(cluster)
+    health = Health(0, 1, range(1), world.pulse, Timeouts(limits), limits.stall_s)
+    health.join(dist.HashStore())
+    health.start([])
+    try:
+        yield
+    finally:
+        health.stop()
+
+
+@contextmanager
+def _process_groups(
+    backend: str, store: dist.Store, launch: Launch, device: torch.device, timeouts: Timeouts
+) -> Iterator[dist.ProcessGroup]:
+    """Joins the groups of all ranks, and leaves them on every path. Yields the one on the host."""
+    timeout = timedelta(seconds=timeouts.current_s)
     dist.init_process_group(
         backend,
-        store=fresh,
+        store=dist.PrefixStore("torch", store),
         rank=launch.rank,
         world_size=launch.size,
         timeout=timeout,
         device_id=device if backend == "nccl" else None,
     )
     try:
-        control: Any = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else dist.group.WORLD
-        yield replace(world, control=control, timeout_s=cluster.dist_timeout_s, roll=roll)
+        everyone = dist.group.WORLD
+        assert everyone is not None
+        control: Any = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else everyone
+        timeouts.groups += [everyone] if control is everyone else [everyone, control]
+        yield control
     finally:
         dist.destroy_process_group()
 

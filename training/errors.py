@@ -23,6 +23,10 @@ class PeerError(RuntimeError):
         self.exit_code = exit_code
 
 
+class LostRankError(PeerError):
+    """Another rank is gone, or the way to it. Raised where it is to be said: the lost one can no longer do so."""
+
+
 class CheckpointWriteError(CheckpointError):
     """A checkpoint could not be written. The last good one is untouched; another try may succeed."""
 
@@ -71,7 +75,7 @@ class OutOfMemoryError(RuntimeError):
 
 
 # What ends a run with one line and no traceback.
-UserError = (ConfigError, DataError, CheckpointError, NonFiniteError, OutOfMemoryError)
+UserError = (ConfigError, DataError, CheckpointError, NonFiniteError, OutOfMemoryError, LostRankError)
 
 __all__ = [
     "EXIT_CONFIG",
@@ -85,6 +89,7 @@ __all__ = [
     "DataError",
     "FolderError",
     "LaunchError",
+    "LostRankError",
     "NonFiniteError",
     "OutOfMemoryError",
     "PeerError",

@@ -65,6 +65,7 @@ class Feed:
 
         Raises DataError on every rank when one rank's loader failed.
         """
+        self._world.pulse.enter("data")
         started = time.perf_counter()
         # Asked before too: the wait for a first batch, or for storage that stands still, may be a long one.
         stop = self._stop_requested()
@@ -79,6 +80,7 @@ class Feed:
         if call is Call.STOP:
             return None
         assert batch is not None
+        self._world.pulse.took(batch.shards[-1], batch.keys[-1])
         self._note()
         return self._transfer(batch)
 

@@ -31,6 +31,7 @@ class Job:
     evaluate: Callable[[int], bool]  # by completed steps, at the end of an epoch; False when it was stopped
     evaluate_first: bool  # the start is the end of an epoch whose evaluation is missing
     cadence: Cadence
+    settle: Callable[[], None]  # the first step is done
 
 
 class Cadence:
@@ -90,6 +91,7 @@ def _run_from(job: Job, start: int) -> bool:
             job.saver.check()
         if done == job.start_step + 1:
             job.saver.reserve()
+            job.settle()
         if job.plan.ends_epoch(done):
             if not _end_epoch(job, done):
                 return False

@@ -49,6 +49,11 @@ class Rollback:
 
     def __call__(self, due: RollbackDue) -> int:
         """Raises NonFiniteError, on all ranks alike, when the limit is reached or there is nothing to go back to."""
+        self.world.pulse.enter("rollback")
+        with self.world.patient:
+            return self._go_back(due)
+
+    def _go_back(self, due: RollbackDue) -> int:
         self.saver.finish()
         # Checksums of large files take their time.
         folder = self.world.on_main_at_length(lambda: self._choose(due), "--on-nonfinite rollback")

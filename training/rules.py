@@ -21,6 +21,7 @@ def check_config(config: TrainConfig) -> None:
 
 def _problems(config: TrainConfig) -> Iterator[str]:
     yield from _numbers(config)
+    yield from _timeouts(config)
     yield from refusals(config)
     yield from _data(config)
     yield from _schedule(config)
@@ -43,6 +44,7 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
         "dry_run_world_size": config.run.dry_run_world_size,
         "save_every_n_minutes": config.run.save_every_n_minutes,
         "remote_sync_frequency": config.run.remote_sync_frequency,
+        "dist_timeout_s": config.cluster.dist_timeout_s,
     }
     for name, value in positive.items():
         if value is not None and value <= 0:
@@ -55,12 +57,22 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
         "max_nonfinite": config.optim.max_nonfinite,
         "max_rollbacks": config.optim.max_rollbacks,
         "preempt_margin_s": config.run.preempt_margin_s,
+        "stall_timeout": config.cluster.stall_timeout,
     }
     for name, number in not_negative.items():
         if number is not None and number < 0:
             yield f"--{name.replace('_', '-')} must not be negative, got {number}"
     if not 0 <= config.data.max_skip_fraction <= 1:
         yield f"--max-skip-fraction is a share between 0 and 1, got {config.data.max_skip_fraction}"
+
+
+def _timeouts(config: TrainConfig) -> Iterator[str]:
+    cluster = config.cluster
+    startup, running, stall = cluster.dist_startup_timeout_s, cluster.dist_timeout_s, cluster.stall_timeout
+    if startup is not None and startup < running:
+        yield f"--dist-startup-timeout-s {startup:g} must not be less than --dist-timeout-s {running:g}"
+    if stall is not None and stall >= running:
+        yield f"--stall-timeout {stall:g} must be less than --dist-timeout-s {running:g}: the run ends before a report"
 
 
 def _data(config: TrainConfig) -> Iterator[str]:

@@ -79,7 +79,7 @@ def train(config: TrainConfig, world: World, preemption: Preemption) -> int:
     folder = run_folder(config, world)
     start = find_start(config, world, folder, preemption)
     world.on_main(lambda: folder.create(config), "creating the run folder")
-    with logging_to(folder.path, world.rank), errors_noted():
+    with logging_to(folder.path, world.rank), errors_noted(world):
         setting = settle(config, world, folder, start)
         announce(setting)
         if end := preemption.describe():
@@ -89,6 +89,7 @@ def train(config: TrainConfig, world: World, preemption: Preemption) -> int:
             log.info("the run is complete: nothing to do")
             return EXIT_DONE
         stop_if_asked(world, preemption)
+        world.pulse.enter("model")
         learner = build_learner(config, setting.model, start, setting.loaded, world)
         log.info("model: %s", describe_model(learner.model, config))
         log.info("optimiser: %s", describe_optimizer(learner.optimizer))
@@ -125,17 +126,20 @@ def stop_noted(level: int) -> Iterator[None]:
 
 
 @contextmanager
-def errors_noted() -> Iterator[None]:
+def errors_noted(world: World) -> Iterator[None]:
     """Errors on their way to the console leave a line in train.log too."""
     try:
         with stop_noted(logging.INFO):
             yield
     except StoppedEarly:
         raise
-    except Exception as error:
+    except Exception as raised:
+        error = world.explained(raised)
         unforeseen = not isinstance(error, (*UserError, PeerError))
         log.error("%s: %s", type(error).__name__, error, exc_info=unforeseen, extra={"file_only": True})
-        raise
+        if error is raised:
+            raise
+        raise error from raised
 
 
 def find_start(config: TrainConfig, world: World, folder: RunFolder, preemption: Preemption) -> StartState:
@@ -256,10 +260,12 @@ def open_feed(setting: Setting, preemption: Preemption) -> Iterator[Feed]:
     settings = loader_config(config, setting.samples, setting.plan, setting.model)
     tokenizer = models.get_tokenizer(setting.model)
     if config.data.preflight:
+        world.pulse.enter("preflight")
         report = world.on_main(lambda: data.run_preflight(settings, tokenizer), "--train-data")
         log.info("data: %s", report)
     position = data.Position.from_json(setting.loaded.data_position) if setting.loaded else None
     loader = data.build_train_loader(settings, tokenizer, world.rank, world.size, position)
+    world.pulse.watch(loader.workers)
     counts = setting.loaded.state.get("counts") if setting.loaded else None
     sizes = setting.samples.catalog.source_sizes
     with closing(Feed(loader, world, lambda: preemption.requested() is not None, counts, sizes)) as feed:
@@ -329,6 +335,7 @@ def open_job(
             evaluate=evaluate,
             evaluate_first=evaluation_missing(setting, evaluator),
             cadence=Cadence(config.run, plan, step),
+            settle=world.settle,
         )
         yield job
 

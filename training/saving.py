@@ -57,6 +57,12 @@ class Saver:
         """Write the state after `done` steps, once. Raises CheckpointWriteError on all ranks alike."""
         if done == self._last_step:
             return
+        self._world.pulse.enter("save")
+        with self._world.patient:
+            self._save(done, feed)
+        self._last_step = done
+
+    def _save(self, done: int, feed: Feed) -> None:
         positions, counts = feed.positions(), feed.counts()  # Collective:
         self.finish()
         with (
@@ -65,7 +71,6 @@ class Saver:
         ):
             if self._world.is_main:
                 self._write(done, weights, moments, Position.merge(positions).to_json(), counts)
-        self._last_step = done
 
     def save_again(self, done: int, feed: Feed, facts: dict[str, Any]) -> None:
         """Write the state after `done` steps in place of an earlier one; all later states hold `facts` too."""
@@ -117,6 +122,7 @@ class Saver:
 
     def finish(self) -> None:
         """Wait until the last checkpoint is on disk. Raises CheckpointWriteError on all ranks alike."""
+        self._world.pulse.enter("save")
         # Collective: a disk that stands still for long must cost rank 0's time, not the others' patience.
         self._world.wait_for(self._checkpointer.is_idle)
         self.check()

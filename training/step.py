@@ -54,6 +54,7 @@ class TrainStep:
 
     def __call__(self, batch: Batch, step: int, rate: float) -> StepResult:
         """Update the parameters with this rank's `batch` of micro_batch x accum_steps rows."""
+        self.world.pulse.enter("step", step + 1)
         return self._update(self._gradients(batch, step), rate)
 
     def rehearse(self, batch: Batch) -> None:

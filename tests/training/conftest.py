@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from training.checkpoint_files import write_checkpoint
+from training.pulse import Pulse
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class FakeWorld:
 
     is_main: bool = True
     size: int = 1
+    pulse: Pulse = field(default_factory=Pulse)
 
     def on_main(
         self, function: Callable[[], Any], what: str = "", should_stop: Callable[[], bool] | None = None

@@ -70,8 +70,13 @@ class Evaluator:
 
     def evaluate_sets(self, model: nn.Module, names: list[str], strict: bool = False) -> dict[str, float] | None:
         """As `evaluate`, for sets by name; with `strict`, a set that cannot be read raises DataError."""
+        with self._world.patient:
+            return self._evaluate_sets(model, names, strict)
+
+    def _evaluate_sets(self, model: nn.Module, names: list[str], strict: bool) -> dict[str, float] | None:
         figures: dict[str, float] = {}
         for name in names:
+            self._world.pulse.enter(f"evaluate {name}")
             try:
                 figures |= self._pairs(model) if name == PAIRS else self._zeroshot(model, self._labelled[name])
             except Stopped:

@@ -68,6 +68,7 @@ def in_shared_blocks(
     for index in range(world.rank, rounds * world.size, world.size):
         if should_stop is not None and world.any(should_stop()):  # Collective:
             raise Stopped
+        world.pulse.beat()
         # A rank without a block left repeats the last: a sharded model must be called by all ranks equally often.
         own[index] = encode(blocks[min(index, len(blocks) - 1)]).cpu()
     every = {index: rows for part in world.all_gather_object(own) for index, rows in part.items()}
