@@ -86,7 +86,9 @@ def _lead(caller: _Caller, launch: Launch, address: Address) -> tuple[Roll, dist
     caller.store.set("name", name)
     _wait(lambda: space.add("came", 0) >= launch.size, caller.timeout_s)
     cards = [Card(**json.loads(line)) for line in space.get("cards").decode().splitlines()]
-    expected = Expected(launch.size, caller.timeout_s, str(address), launch.nodes, _remark(address.host))
+    # A name that does not resolve takes its time: it is looked at when somebody is missing only.
+    remark = _remark(address.host) if len(cards) < launch.size else ""
+    expected = Expected(launch.size, caller.timeout_s, str(address), launch.nodes, remark)
     roll = judge(cards, expected, lambda digest: json.loads(space.get(_settings_key(digest))))
     space.set("verdict", json.dumps({**dataclasses.asdict(roll), "covers": len(cards)}))
     if roll.error:
@@ -98,12 +100,12 @@ def _lead(caller: _Caller, launch: Launch, address: Address) -> tuple[Roll, dist
 def _follow(caller: _Caller) -> tuple[Roll, dist.Store]:
     deadline = time.monotonic() + caller.timeout_s + _GRACE_S
     known, space, number = "", caller.store, 0
-    while _wait(lambda: caller.store.check(["name"]), deadline - time.monotonic()):
+    while (left := deadline - time.monotonic()) > 0 and _wait(lambda: caller.store.check(["name"]), left):
         name = caller.store.get("name").decode()
         if name != known:
             known, (space, number) = name, caller.enter(name)
         # An older roll call may never be judged: then the next one is looked for now and again.
-        patience = 1.0 if caller.reused else deadline - time.monotonic()
+        patience = min(1.0, left) if caller.reused else left
         if not _wait(lambda space=space: space.check(["verdict"]), patience):  # type: ignore[misc]
             continue
         verdict = json.loads(space.get("verdict"))

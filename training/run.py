@@ -179,12 +179,11 @@ def announce(setting: Setting) -> None:
     """The facts of the run, of which the model's and its optimiser's are told when they are built."""
     world = setting.world
     if world.size > 1:
-        log.info("world: %s, %s", world.backend, world.roll.summary)
+        log.info("world: %s; %s", world.roll.summary, world.backend)
     else:
         log.info("world: 1 rank (%s), %s", world.launcher, world.device)
-    for warning in (*world.roll.warnings, restarts_in_vain(os.environ, setting.config.run.resume)):
-        if warning:
-            log.warning("%s", warning)
+    for warning in launch_warnings(setting):
+        log.warning("%s", warning)
     log.info("plan: %s", setting.plan)
     log.info("learning rate: %s", describe_schedule(setting.config.optim, setting.plan))
     log.info("start: %s", setting.start.reason)
@@ -201,6 +200,12 @@ def describe_copy(run: RunConfig) -> Iterator[str]:
         yield f"remote: {run.remote_sync.rstrip('/')}"
     if run.remote_sync_protocol is not None:
         yield "--remote-sync-protocol has no effect: the protocol is in the URL of --remote-sync"
+
+
+def launch_warnings(setting: Setting) -> list[str]:
+    """What looks wrong in how the ranks were started. Said once: other ranks' consoles show warnings too."""
+    vain = restarts_in_vain(os.environ, setting.config.run.resume)
+    return [warning for warning in (*setting.world.roll.warnings, vain) if warning and setting.world.is_main]
 
 
 def build_evaluator(setting: Setting, preemption: Preemption) -> Evaluator:

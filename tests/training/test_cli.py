@@ -129,6 +129,7 @@ def test_a_mistake_in_the_file_names_file_key_and_cure(tmp_path: Path, content: 
         ([], "--train-data is missing"),
         (["--train-data", "a.tar", "--no-gather-with-grad"], "--no-gather-with-grad is refused"),
         (["--train-data", "a.tar", "--accum-freq", "2", "--ddp-static-graph"], "no_sync silently stops"),
+        (["--train-data", "a.tar", "--resume", "latest"], "--resume latest needs --name"),
         (["--train-data", "a.tar", "--train-data-upsampling-factors", "1"], "needs --dataset-resampled"),
         (["--train-data", "a.tar", "--lr-scheduler", "const-cooldown"], "needs --epochs-cooldown"),
         (

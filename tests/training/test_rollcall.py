@@ -100,6 +100,12 @@ def test_a_roll_call_that_never_ended_does_not_disturb_the_next_one(agents_store
     assert len(set(said)) == 1 and said[0].startswith("1 2 ranks")
 
 
+def test_a_rank_alone_in_the_store_of_an_earlier_start_ends_within_the_limit(agents_store: dict[str, str]) -> None:
+    run_ranks(_join, 2, {}, {}, env=agents_store)
+    (said,) = run_ranks(_join, 1, {0: {"RANK": "1", "WORLD_SIZE": "2"}}, {}, 1.0, env=agents_store)
+    assert "a store answers at rank 0's address, but no word from rank 0 within 1 s" in said
+
+
 def test_values_tell_settings_apart_and_secrets_stay_hidden() -> None:
     settings = {"train_data": "https://me:word@host/a.tar", "lr": 1e-3}
     assert shown(settings)["train_data"] == ("https://***@host/a.tar", digest("https://me:word@host/a.tar"))
