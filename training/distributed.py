@@ -180,6 +180,7 @@ def session(cluster: ClusterConfig) -> Iterator[World]:
         groups = _process_groups(backend, store, launch, device, timeouts)
         # Twice: an error inside must be known to the others before the groups are left.
         with watched(health), groups as control, watched(health):
+            health.greet_mates()
             yield replace(world, control=control, timeouts=timeouts, health=health)
     finally:
         # Order matters: it still watches while the groups are left, which may hang.

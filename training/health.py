@@ -50,6 +50,7 @@ class Health:
         self._answered = 0
         self._unseen = set(local) - {rank}
         self._mates: dict[int, Beat] = {}
+        self._greeting = threading.Lock()
         self._refused_since: float | None = None
         self._alarm: Alarm | None = None
         self._stop = threading.Event()
@@ -72,6 +73,16 @@ class Health:
         if self._rank and self._may_speak and self._stall_s:
             # The first thread may hang in the store that rank 0 serves.
             threading.Thread(target=self._judge, name="deputy", daemon=True).start()
+
+    def greet_mates(self) -> None:
+        """Notes the processes of this host that have come. From any thread."""
+        with self._greeting:
+            for rank in [rank for rank in self._unseen if self._board.has_come(rank)]:
+                self._unseen.remove(rank)
+                (beat,) = self._board.beats(range(rank, rank + 1))
+                # Containers may hide the processes beside this one: those say nothing by being gone.
+                if beat.host == self._pulse.host and process_state(beat.pid) not in _GONE:
+                    self._mates[rank] = beat
 
     def stop(self) -> None:
         """This rank ends as it should: nobody need look for it."""
@@ -172,19 +183,10 @@ class Health:
             lines.append(f"loader workers that have prepared as much as they may: {idle}")
         return lines
 
-    def _greet_mates(self) -> None:
-        """Notes the processes of this host as they come."""
-        for rank in [rank for rank in self._unseen if self._board.has_come(rank)]:
-            self._unseen.remove(rank)
-            (beat,) = self._board.beats(range(rank, rank + 1))
-            # Containers may hide the processes beside this one: those say nothing by being gone.
-            if beat.host == self._pulse.host and process_state(beat.pid) not in _GONE:
-                self._mates[rank] = beat
-
     def _look_after_mates(self) -> None:
         """Processes of this host that are gone, and did not say that they go."""
-        self._greet_mates()
-        gone = [beat for beat in self._mates.values() if process_state(beat.pid) in _GONE]
+        self.greet_mates()
+        gone = [beat for beat in list(self._mates.values()) if process_state(beat.pid) in _GONE]
         for beat in gone:
             del self._mates[beat.rank]
             (last,) = self._board.beats(range(beat.rank, beat.rank + 1))
