@@ -35,7 +35,7 @@ _LOST_S = 15.0  # to find out which rank a broken connection belonged to
 _TIMEOUT_SLACK_S = 5.0
 _MAX_FRAMES = 16
 _GONE = ("gone", "dead")
-_STORE_ERRORS = (dist.DistError, RuntimeError, TimeoutError)
+_STORE_ERRORS = (dist.DistError, RuntimeError, TimeoutError, ConnectionError)
 
 
 class Health:
@@ -92,6 +92,14 @@ class Health:
         if self._refused_since is None:
             with suppress(*_STORE_ERRORS):
                 self._board.publish(self._beat(ended=True))
+                if self._rank == 0 and self._alarm is not None:
+                    self._linger()
+
+    def _linger(self) -> None:
+        """The store ends with this process; the others must have had the time to read the alarm there."""
+        until = time.monotonic() + 2.5 * self._period_s
+        while time.monotonic() < until and not all(beat.ended for beat in self._board.beats()):
+            time.sleep(0.2)
 
     def raise_alarm(self, error: BaseException) -> None:
         """This rank leaves by `error`, and the others cannot know it. Errors that are shared need no alarm."""
@@ -105,7 +113,7 @@ class Health:
         """For a connection that broke or timed out: an error that says which rank was lost; others as they are."""
         if self._size == 1 or isinstance(error, PeerError) or not is_lost_connection(error):
             return error
-        alarm = self._find_lost(error)
+        self._alarm = alarm = self._find_lost(error)
         return (LostRankError if self._speaks(alarm) else PeerError)(alarm.text, alarm.code)
 
     # ---- the thread
@@ -243,8 +251,8 @@ class Health:
             return
         assert self._refused_since is not None
         moment, now = self._pulse.moment, time.monotonic()
-        stands = moment.wait or moment.phase == "step"
-        if stands and min(now - moment.since, now - self._refused_since) > _GRACE_S:
+        # Rank 0 may have ended as it should, and this rank be about to.
+        if moment.phase != "end" and min(now - moment.since, now - self._refused_since) > _GRACE_S:
             self._end(self._store_lost())
 
     def _is_refused(self) -> bool:
@@ -264,11 +272,13 @@ class Health:
                 return self._board.raise_alarm(self._timed_out())
         ages, deadline = Ages(), time.monotonic() + _LOST_S
         while time.monotonic() < deadline:
+            if self._alarm is not None:
+                return self._alarm
             # Before the store is asked: torch prints a page about a connection that is gone.
             if self._is_refused():
                 return self._store_lost()
             try:
-                alarm = self._alarm or self._board.notices()[0] or (self._may_speak and self._silent(ages))
+                alarm = self._board.notices()[0] or (self._may_speak and self._silent(ages))
             except _STORE_ERRORS:
                 alarm = None
             if alarm:

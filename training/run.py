@@ -83,6 +83,7 @@ def train(config: TrainConfig, world: World, preemption: Preemption) -> int:
         with open_feed(setting, preemption) as feed, open_job(setting, learner, feed, evaluator) as job:
             finished = run_loop(job)
             job.saver.finish()
+            world.pulse.enter("end")
         log.info("done" if finished else f"stopped ({preemption.requested() or 'as asked'}), everything is saved")
     return EXIT_DONE if finished else EXIT_PREEMPTED
 
