@@ -244,6 +244,7 @@ def session(cluster: ClusterConfig, settings: Mapping[str, Any] | None = None) -
         groups = _process_groups(backend, fresh, launch, device, timeouts)
         # Twice: an error inside must be known to the others before the groups are left.
         with watched(health), groups as control, watched(health):
+            health.greet_mates()
             yield replace(world, control=control, timeouts=timeouts, health=health)
     finally:
         # Order matters: it still watches while the groups are left, which may hang.

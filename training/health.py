@@ -35,7 +35,7 @@ _LOST_S = 15.0  # to find out which rank a broken connection belonged to
 _TIMEOUT_SLACK_S = 5.0
 _MAX_FRAMES = 16
 _GONE = ("gone", "dead")
-_STORE_ERRORS = (dist.DistError, RuntimeError, TimeoutError)
+_STORE_ERRORS = (dist.DistError, RuntimeError, TimeoutError, ConnectionError)
 
 
 class Health:
@@ -50,6 +50,7 @@ class Health:
         self._answered = 0
         self._unseen = set(local) - {rank}
         self._mates: dict[int, Beat] = {}
+        self._greeting = threading.Lock()
         self._refused_since: float | None = None
         self._alarm: Alarm | None = None
         self._stop = threading.Event()
@@ -73,6 +74,16 @@ class Health:
             # The first thread may hang in the store that rank 0 serves.
             threading.Thread(target=self._judge, name="deputy", daemon=True).start()
 
+    def greet_mates(self) -> None:
+        """Notes the processes of this host that have come. From any thread."""
+        with self._greeting:
+            for rank in [rank for rank in self._unseen if self._board.has_come(rank)]:
+                self._unseen.remove(rank)
+                (beat,) = self._board.beats(range(rank, rank + 1))
+                # Containers may hide the processes beside this one: those say nothing by being gone.
+                if beat.host == self._pulse.host and process_state(beat.pid) not in _GONE:
+                    self._mates[rank] = beat
+
     def stop(self) -> None:
         """This rank ends as it should: nobody need look for it."""
         self._stop.set()
@@ -81,6 +92,14 @@ class Health:
         if self._refused_since is None:
             with suppress(*_STORE_ERRORS):
                 self._board.publish(self._beat(ended=True))
+                if self._rank == 0 and self._alarm is not None:
+                    self._linger()
+
+    def _linger(self) -> None:
+        """The store ends with this process; the others must have had the time to read the alarm there."""
+        until = time.monotonic() + 2.5 * self._period_s
+        while time.monotonic() < until and not all(beat.ended for beat in self._board.beats()):
+            time.sleep(0.2)
 
     def raise_alarm(self, error: BaseException) -> None:
         """This rank leaves by `error`, and the others cannot know it. Errors that are shared need no alarm."""
@@ -94,7 +113,7 @@ class Health:
         """For a connection that broke or timed out: an error that says which rank was lost; others as they are."""
         if self._size == 1 or isinstance(error, PeerError) or not is_lost_connection(error):
             return error
-        alarm = self._find_lost(error)
+        self._alarm = alarm = self._find_lost(error)
         return (LostRankError if self._speaks(alarm) else PeerError)(alarm.text, alarm.code)
 
     # ---- the thread
@@ -172,19 +191,10 @@ class Health:
             lines.append(f"loader workers that have prepared as much as they may: {idle}")
         return lines
 
-    def _greet_mates(self) -> None:
-        """Notes the processes of this host as they come."""
-        for rank in [rank for rank in self._unseen if self._board.has_come(rank)]:
-            self._unseen.remove(rank)
-            (beat,) = self._board.beats(range(rank, rank + 1))
-            # Containers may hide the processes beside this one: those say nothing by being gone.
-            if beat.host == self._pulse.host and process_state(beat.pid) not in _GONE:
-                self._mates[rank] = beat
-
     def _look_after_mates(self) -> None:
         """Processes of this host that are gone, and did not say that they go."""
-        self._greet_mates()
-        gone = [beat for beat in self._mates.values() if process_state(beat.pid) in _GONE]
+        self.greet_mates()
+        gone = [beat for beat in list(self._mates.values()) if process_state(beat.pid) in _GONE]
         for beat in gone:
             del self._mates[beat.rank]
             (last,) = self._board.beats(range(beat.rank, beat.rank + 1))
@@ -241,8 +251,8 @@ class Health:
             return
         assert self._refused_since is not None
         moment, now = self._pulse.moment, time.monotonic()
-        stands = moment.wait or moment.phase == "step"
-        if stands and min(now - moment.since, now - self._refused_since) > _GRACE_S:
+        # Rank 0 may have ended as it should, and this rank be about to.
+        if moment.phase != "end" and min(now - moment.since, now - self._refused_since) > _GRACE_S:
             self._end(self._store_lost())
 
     def _is_refused(self) -> bool:
@@ -262,11 +272,13 @@ class Health:
                 return self._board.raise_alarm(self._timed_out())
         ages, deadline = Ages(), time.monotonic() + _LOST_S
         while time.monotonic() < deadline:
+            if self._alarm is not None:
+                return self._alarm
             # Before the store is asked: torch prints a page about a connection that is gone.
             if self._is_refused():
                 return self._store_lost()
             try:
-                alarm = self._alarm or self._board.notices()[0] or (self._may_speak and self._silent(ages))
+                alarm = self._board.notices()[0] or (self._may_speak and self._silent(ages))
             except _STORE_ERRORS:
                 alarm = None
             if alarm:

@@ -103,7 +103,9 @@ def train(config: TrainConfig, world: World, preemption: Preemption) -> int:
             with explained(load, in_training=True):
                 finished = run_loop(job)
             job.saver.finish()
+            world.pulse.enter("upload")
             missing = finish_upload(uploader, world, preemption)
+            world.pulse.enter("end")
         end = "done" if finished else f"stopped ({preemption.requested() or 'as asked'}), everything is saved"
         log.info("%s%s", end, missing and f"; {missing}")
     return EXIT_DONE if finished else EXIT_PREEMPTED

@@ -203,11 +203,14 @@ def test_when_rank_0_is_killed_the_next_one_says_so(shards: str, tmp_path: Path)
     assert_checkpoint_is_whole(tmp_path)
 
 
-def test_an_error_in_a_step_of_one_rank_ends_all_with_its_exit_code(shards: str, tmp_path: Path) -> None:
-    with sabotaged("config-error-in-step", *flags(tmp_path, shards)) as (first, second):
-        output = ended_with(first, 2).output
-        ended_with(second, 2)
-    assert re.search(r"^error: rank 1 on \S+ ended: ConfigError: no such thing$", output, re.MULTILINE)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_in_a_step_of_one_rank_ends_all_with_its_exit_code(shards: str, tmp_path: Path, rank: int) -> None:
+    module = ["tests.helpers.sabotage", "config-error-in-step", str(rank), "9"]
+    with two_ranks(module, *flags(tmp_path, shards)) as ranks:
+        outputs = [one.finish(END_S).expect(2).output for one in ranks]
+    assert "error: no such thing\n" in outputs[rank]
+    said = rf"^error: rank {rank} on \S+ ended: ConfigError: no such thing$"
+    assert re.search(said, outputs[1 - rank], re.MULTILINE)
     assert_checkpoint_is_whole(tmp_path)
 
 
