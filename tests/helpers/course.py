@@ -122,6 +122,7 @@ class Attempt:
             *("--train-data", f"{data}/shards/shard-{{00000..{len(SHARDS) - 1:05d}}}.tar"),
             *("--val-data", f"{data}/pairs/shard-00000.tar", "--val-frequency", "1"),
             *("--zeroshot-data", f"shapes={data}/labelled", "--zeroshot-frequency", "2"),
+            *("--rendezvous-timeout-s", "30"),  # what a rank waits for one that was killed before it came
             *("--log-every-n-steps", "1", "--progress", "lines", "--logs", str(self.home), "--name", "run"),
             *course.flags,
             *(("--remote-sync", str(self.remote)) if course.remote else ()),
