@@ -236,6 +236,8 @@ class Uploader:
     def _has_failed(self, error: Exception) -> None:
         is_new, self._failure = self._failure is None, str(error) or type(error).__name__
         self._looked = False  # whatever has happened there, it is looked at anew
+        with self._lock:
+            self._pinned = None
         if is_new:
             foreseen = isinstance(error, RemoteError)
             again = f"the run goes on; tried again at each checkpoint and every {self._every_s:g} s"

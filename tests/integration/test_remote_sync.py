@@ -12,13 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.helpers.gloo import run_ranks
 from tests.helpers.process import poll, run_training, start_training
 from tests.helpers.s3 import S3Server, serve_s3
 from tests.helpers.shards import write_shards
 from tests.integration.test_nonfinite import run as poisoned
 from tests.integration.test_training import TINY, assert_same_end, losses, records, run
 from training.checkpoint_files import find_latest, list_checkpoints
+from training.main import main
 from training.remote import Remote
 
 SAVE = ("--save-every-n-steps", "2")
@@ -148,6 +151,28 @@ def _stop(server: S3Server) -> None:
             continue
         if b"moto.server" in command and port.encode() in command:
             os.kill(int(process.name), signal.SIGSTOP)
+
+
+def on_node(root: Path, flags: list[str]) -> int:
+    """A rank that is alone on its node, whose run folders are on a disk of its own."""
+    torch.set_num_threads(1)
+    return main([*flags, "--logs", str(root / f"node{os.environ['RANK']}")])
+
+
+@pytest.mark.slow
+def test_nodes_with_disks_of_their_own_go_on_from_the_remote_and_stop_with_one_line_without_it(
+    data: str, tmp_path: Path
+) -> None:
+    flags = [*TINY, "--train-data", data, "--name", "run", "--batch-size", "4", "--resume", "latest"]
+    sync = ["--remote-sync", f"{tmp_path}/away"]
+    nodes = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    stopped = [*flags, *sync, "--stop-after-steps", "4"]
+    assert run_ranks(on_node, 2, tmp_path, stopped, timeout_s=200, env=nodes) == [75, 75]
+    assert not (tmp_path / "node1").exists()
+    assert run_ranks(on_node, 2, tmp_path, flags, timeout_s=200, env=nodes) == [2, 2]
+    assert run_ranks(on_node, 2, tmp_path, [*flags, *sync], timeout_s=200, env=nodes) == [0, 0]
+    assert [path.name for path in (tmp_path / "node1/run/checkpoints").iterdir()] == ["step_000000004"]
+    assert sorted(losses(tmp_path / "node0")) == list(range(1, 13))
 
 
 @pytest.mark.slow

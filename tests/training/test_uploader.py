@@ -50,17 +50,19 @@ def away(tmp_path: Path) -> GatedRemote:
 
 
 class GatedRemote(Remote):
-    """Uploads wait for the gate, which is open at first; `asked` lists what was done."""
+    """Uploads wait for the gate, which is open at first. `asked`: what was done; `numbers`: the metrics before it."""
 
     def __init__(self, url: str):
         super().__init__(url)
         self.gate, self.entered = threading.Event(), threading.Event()
         self.gate.set()
         self.asked: list[tuple[str, str]] = []
+        self.numbers: list[bytes | None] = []
         self.broken: Exception | None = None
 
     def upload(self, folder: Path, manifest_text: str) -> int:
         self.asked.append(("upload", folder.name))
+        self.numbers.append(self.read("metrics.jsonl"))
         self.entered.set()
         assert self.gate.wait(LIMIT_S)
         return super().upload(folder, manifest_text)
@@ -126,12 +128,15 @@ def test_checkpoints_configuration_and_metrics_are_brought(run_dir: Path, away: 
 
 def test_the_numbers_are_at_the_remote_before_the_checkpoint_is(run_dir: Path, away: GatedRemote) -> None:
     away.gate.clear()
-    save(run_dir, "step_000000003", 3)
+    save(run_dir, step_name(1), 1)
     with uploader_of(run_dir, away) as uploader:
         assert away.entered.wait(LIMIT_S)
-        assert away.read("metrics.jsonl") == b'{"step": 1}\n'
+        with (run_dir / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 2}\n')
+        save(run_dir, step_name(2), 2)
         away.gate.set()
         settle(uploader)
+    assert away.numbers == [b'{"step": 1}\n', b'{"step": 1}\n{"step": 2}\n']
 
 
 def test_what_an_earlier_process_left_undone_is_brought_at_the_start(run_dir: Path, away: GatedRemote) -> None:
