@@ -124,7 +124,7 @@ def _torment(tmp_path: Path, kills: int, courses: tuple[Course, ...], share: int
         while tormentor.kills.total() < kills:
             for course in courses:
                 tormentor.torment(course, share)
-                _tell(f"{tormentor.kills.total()} kills, {tormentor.runs.total()} runs\n")
+                _tell(f"{tormentor.table()}\n\n")
     return tormentor
 
 
