@@ -73,7 +73,9 @@ class Checkpointer:
     """Saves the checkpoints of a run into `directory`. On ranks other than the main one every method returns at once.
 
     keep_last: step checkpoints kept; those of epochs stay unless `delete_previous`.
-    uploader: told of each checkpoint; rotation leaves alone what it is reading. on_saved: told the seconds of each.
+    uploader: told of each checkpoint; rotation leaves alone what it is reading.
+    before_write: makes lasting what a checkpoint must not outlive, in the thread that writes.
+    on_saved: told the seconds of each.
     A failed write is raised as CheckpointWriteError by the next `check`, `save`, `wait` or `close`, and by each
     after it: the caller shares it with the other ranks.
     """
@@ -86,6 +88,7 @@ class Checkpointer:
         keep_last: int = 2,
         delete_previous: bool = False,
         uploader: Uploader | None = None,
+        before_write: Callable[[], None] | None = None,
         on_saved: Callable[[float], None] | None = None,
     ):
         self._directory = directory
@@ -93,6 +96,7 @@ class Checkpointer:
         self._keep_last = keep_last
         self._delete_previous = delete_previous
         self._uploader = uploader
+        self._before_write = before_write
         self._on_saved = on_saved
         self._host = HostCopy()
         self._thread: threading.Thread | None = None
@@ -202,6 +206,8 @@ class Checkpointer:
         stall_s: float,
     ) -> None:
         started = time.perf_counter()
+        if self._before_write is not None:
+            self._before_write()
         manifest = write_checkpoint(folder, tensors, documents, **asdict(progress))
         seconds = time.perf_counter() - started
         mib = sum(entry.size for entry in manifest.files.values()) / 2**20

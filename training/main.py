@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from training.cli import parse_args
 from training.config import to_flat
 from training.errors import EXIT_FAILED, PeerError, StoppedEarly, UserError, describe_os_error
-from training.preemption import Preemption
+from training.preemption import Preemption, hold_signals, release_signals
 
 log = logging.getLogger("training.main")
 
@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.run.dry_run:
             from training.dry_run import dry_run
 
+            release_signals()
             return dry_run(config)
         # A signal may come at any time: while torch is imported and while ranks gather, too.
         with Preemption(margin_s=config.run.preempt_margin_s) as preemption:
@@ -52,4 +53,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    hold_signals()
     sys.exit(main())

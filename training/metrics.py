@@ -66,6 +66,10 @@ class MetricsLog:
             self._listener.write(record)
         return record
 
+    def sync(self) -> None:
+        """Make the lines so far outlive the machine. From any thread; OSError where the disk does not take them."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self._file.close()
 

@@ -115,6 +115,19 @@ class Preemption:
         self._signal = number
 
 
+def hold_signals() -> None:
+    """For a program: signals of the cluster wait until a Preemption takes them, and for ever when it is over.
+
+    In its first and last moments, when it imports or takes itself down, one would end it with the wrong exit code.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, FROM_CLUSTER)
+
+
+def release_signals() -> None:
+    """Undo `hold_signals`, where no Preemption will come."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FROM_CLUSTER)
+
+
 class _Shield:
     """Processes that this one starts from now on do not see the signals of a cluster, which sends them to all of a job.
 

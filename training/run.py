@@ -314,7 +314,7 @@ def open_job(
     with (
         Console(config.log.progress, plan.total_steps, step, world.is_main) as console,
         open_metrics(setting, wandb_id) as metrics,
-        open_checkpointer(setting, uploader, preemption) as checkpointer,
+        open_checkpointer(setting, uploader, preemption, metrics) as checkpointer,
     ):
         reporter = Reporter(metrics, console, plan, world, config.log.log_every_n_steps)
         extra = {"wandb_run_id": wandb_id, "rollbacks": rollbacks_of(setting.loaded)}
@@ -366,7 +366,9 @@ def build_rollback(
     )
 
 
-def open_checkpointer(setting: Setting, uploader: Uploader | None, preemption: Preemption) -> Checkpointer:
+def open_checkpointer(
+    setting: Setting, uploader: Uploader | None, preemption: Preemption, metrics: MetricsLog | None
+) -> Checkpointer:
     """The writer of the run's checkpoints; it cleans up what a killed one left behind."""
     run, world = setting.config.run, setting.world
     with world.collectively("opening the checkpoint folder"):
@@ -376,6 +378,8 @@ def open_checkpointer(setting: Setting, uploader: Uploader | None, preemption: P
             keep_last=run.keep_last,
             delete_previous=run.delete_previous_checkpoint,
             uploader=uploader,
+            # A resume cuts the numbers off at its checkpoint: those up to there must not be lost with the machine.
+            before_write=None if metrics is None else metrics.sync,
             on_saved=partial(preemption.allow_for, "save"),
         )
 

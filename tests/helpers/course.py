@@ -73,6 +73,7 @@ class Attempt:
     # Not in `home`: the path of a socket must be short.
     scratch: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="clipyard-")))
     starts: int = 0
+    scraps: int = 0
 
     @property
     def run_dir(self) -> Path:
@@ -122,6 +123,7 @@ class Attempt:
             *("--train-data", f"{data}/shards/shard-{{00000..{len(SHARDS) - 1:05d}}}.tar"),
             *("--val-data", f"{data}/pairs/shard-00000.tar", "--val-frequency", "1"),
             *("--zeroshot-data", f"shapes={data}/labelled", "--zeroshot-frequency", "2"),
+            *("--rendezvous-timeout-s", "30"),  # what a rank waits for one that was killed before it came
             *("--log-every-n-steps", "1", "--progress", "lines", "--logs", str(self.home), "--name", "run"),
             *course.flags,
             *(("--remote-sync", str(self.remote)) if course.remote else ()),
@@ -152,15 +154,19 @@ class Attempt:
         return [*(path for child in children for path in child.session()), *found, *self.scratch.iterdir()]
 
     def assert_nothing_leaks(self, children: Sequence[Child], within_s: float = 30.0) -> None:
-        """Workers notice within moments that their trainer is gone, and clear up behind it.
+        """No process and no shared memory: workers notice within moments that their trainer is gone.
 
-        One that dies while its loader begins, before there is a worker, leaves names of semaphores and a folder.
+        They also remove its scratch folder. Where it dies before they are there, or after it has ended them, that
+        folder stays; before, names of semaphores do too. `scraps` counts these cases.
         """
         began = re.search("^step ", children[0].output, re.MULTILINE) is not None
         deadline = time.monotonic() + within_s
         while left := self.leftovers(children):
-            if not began and not any(path.parts[1] == "proc" for path in left):
-                _remove(left)
+            scraps = [path for path in left if path.parent == self.scratch or not (began or path.parts[1] == "proc")]
+            if scraps == left:
+                _remove(scraps)
+                self.scraps += 1
+                return
             assert time.monotonic() < deadline, f"left behind by a run that has ended: {list(map(_describe, left))}"
             time.sleep(0.01)
 
@@ -168,9 +174,9 @@ class Attempt:
 def _remove(paths: Sequence[Path]) -> None:
     for path in paths:
         if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(path)
         else:
-            path.unlink(missing_ok=True)
+            path.unlink()
 
 
 def _describe(path: Path) -> str:

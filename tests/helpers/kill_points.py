@@ -90,21 +90,6 @@ def arm(place: str, passes: int, run_dir: str, hits: str, number: int = signal.S
     _watch_functions(blow)
 
 
-def hold_signals() -> None:
-    """Signals wait until the program has its handlers. Before that, in its first moments, they end it."""
-    from training.preemption import SIGNALS, Preemption
-
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    enter = Preemption.__enter__
-
-    def entered(self: Preemption) -> Preemption:
-        enter(self)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # the others have a thread of their own now
-        return self
-
-    Preemption.__enter__ = entered  # type: ignore[method-assign]
-
-
 # ---- files
 
 

@@ -179,7 +179,9 @@ def become(order: Order) -> int:
     for function, arguments in order.prepare:
         function(*arguments)
     from training.main import main
+    from training.preemption import hold_signals
 
+    hold_signals()  # as the program does
     return main(order.argv)
 
 

@@ -35,7 +35,7 @@ class Tormentor:
         self.draw = random.Random(seed)
         self.kills: Counter[str] = Counter()
         self.runs: Counter[str] = Counter()
-        self.lost_disks = 0
+        self.lost_disks = self.scraps = 0
         self._whole: dict[str, Attempt] = {}
 
     def torment(self, course: Course, kills: int) -> None:
@@ -49,6 +49,7 @@ class Tormentor:
                 pass
             assert_same_run(attempt, self._whole[course.name])
             self.runs[course.name] += 1
+            self.scraps += attempt.scraps
             attempt.forget()
 
     def _live(self, attempt: Attempt, last: bool) -> bool:
@@ -112,7 +113,8 @@ class Tormentor:
         lines = [f"{count:6d}  {place}" for place, count in sorted(self.kills.items(), key=lambda item: -item[1])]
         runs = ", ".join(f"{count} x {name}" for name, count in self.runs.items())
         disks = f"{self.lost_disks} times the run folder was lost" if self.lost_disks else "no run folder was lost"
-        return "\n".join([f"{self.kills.total()} kills in {self.runs.total()} runs ({runs}); {disks}:", *lines])
+        scraps = f"a scratch folder or semaphore was left {self.scraps} times"
+        return "\n".join([f"{self.kills.total()} kills in {self.runs.total()} runs ({runs})", disks, scraps, *lines])
 
 
 def _torment(tmp_path: Path, kills: int, courses: tuple[Course, ...], share: int) -> Tormentor:
@@ -122,7 +124,7 @@ def _torment(tmp_path: Path, kills: int, courses: tuple[Course, ...], share: int
         while tormentor.kills.total() < kills:
             for course in courses:
                 tormentor.torment(course, share)
-                _tell(f"{tormentor.kills.total()} kills, {tormentor.runs.total()} runs\n")
+                _tell(f"{tormentor.table()}\n\n")
     return tormentor
 
 

@@ -10,11 +10,12 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.helpers.course import Attempt, Course, assert_same_run, run_whole, write_data
-from tests.helpers.kill_points import ONCE, PLACES, WRITING, arm, hold_signals, samples_noted
+from tests.helpers.kill_points import ONCE, PLACES, WRITING, arm, samples_noted
 from tests.helpers.nursery import Child, Nursery
 from tests.helpers.process import poll
 from training.main import main
@@ -62,7 +63,7 @@ class Preemptor:
         """One start with a signal at `place`, if any; the exit code of all ranks."""
         before, size = attempt.newest(), attempt.course.world_size
         victim, number = self.draw.randrange(size), self.draw.choice(NUMBERS)
-        prepare = [[(hold_signals, ())] for _ in range(size)]
+        prepare: list[list[Any]] = [[] for _ in range(size)]
         hits = attempt.home / "hits"
         hits.unlink(missing_ok=True)
         if place not in (None, MOMENT):
@@ -176,7 +177,7 @@ def test_a_signal_to_all_processes_of_a_job_that_compiles_is_outlived(tmp_path: 
     with Nursery() as nursery:
         attempt = Attempt(course, tmp_path / "data", tmp_path / "compiled")
         cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-        (child,) = attempt.start(nursery, [[(hold_signals, ())]], env=cache)
+        (child,) = attempt.start(nursery, env=cache)
         compilers = poll(lambda: [path for path in child.session() if b"cc1plus" in _command(path)], 300, "a compiler")
         child.signal(signal.SIGTERM, group=True)
         assert b"cc1plus" in _command(compilers[0])

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,34 @@ def test_reserving_changes_nothing_that_is_saved(tmp_path: Path, world: FakeWorl
 
 
 # ---- errors
+
+
+def test_what_a_checkpoint_must_not_outlive_is_made_lasting_before_it_exists(tmp_path: Path, world: FakeWorld) -> None:
+    seen: list[list[str]] = []
+
+    def sync() -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        seen.append([path.name for path in tmp_path.iterdir()])
+
+    with Checkpointer(tmp_path, world, before_write=sync) as checkpointer:
+        checkpointer.save(epoch_name(1), **content(10))
+        checkpointer.wait()
+        checkpointer.save(epoch_name(2), **content(20))
+    assert seen == [[], ["epoch_1"]]
+
+
+def test_it_is_told_how_long_a_save_took(tmp_path: Path, world: FakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[float] = []
+    write = checkpoint.write_checkpoint
+
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.3)
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "write_checkpoint", slowly)
+    with Checkpointer(tmp_path, world, on_saved=told.append) as checkpointer:
+        checkpointer.save(epoch_name(1), **content(10))
+    assert len(told) == 1 and told[0] >= 0.3
 
 
 def test_a_failed_write_surfaces_at_the_next_occasion_and_stays(

@@ -189,6 +189,24 @@ def test_programs_that_the_run_starts_do_not_see_the_signals_of_the_cluster() ->
     assert not set(FROM_CLUSTER) & signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
+AS_PROGRAM = """
+import os, signal, time
+from training.preemption import Preemption, hold_signals
+hold_signals()
+os.kill(os.getpid(), signal.SIGTERM)
+with Preemption(environment={}) as preemption:
+    while not preemption.requested():
+        time.sleep(0.01)
+os.kill(os.getpid(), signal.SIGTERM)
+os.kill(os.getpid(), signal.SIGUSR2)
+raise SystemExit(75)
+"""
+
+
+def test_a_signal_before_the_program_listens_is_a_request_and_one_after_leaves_the_exit_code() -> None:
+    assert subprocess.run([sys.executable, "-c", AS_PROGRAM], cwd=REPOSITORY, timeout=60).returncode == 75
+
+
 WITH_CHILD = """
 import multiprocessing, os, signal, time
 from training.preemption import Preemption
