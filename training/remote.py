@@ -320,4 +320,6 @@ def _is_hopeless(error: Exception) -> bool:
 
 def _one_line(error: Exception) -> str:
     text = mask_text(" ".join(str(error).split())) or type(error).__name__
+    if isinstance(error, FileNotFoundError) and " " not in text:
+        text = f"no such object or bucket: {text}"  # some clients say no more than the path
     return text if len(text) <= 300 else text[:300] + "..."
