@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +69,7 @@ class Attempt:
     course: Course
     data: Path
     home: Path  # run folder, logs and notes
-    # Not in `home`: the path of a socket must be short.
-    scratch: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="clipyard-")))
+    scratch: Path | None = None  # TMPDIR of its processes
     starts: int = 0
     scraps: int = 0
 
@@ -100,6 +98,7 @@ class Attempt:
         """All ranks, just started; `prepare` is by rank."""
         self.starts += 1
         self.home.mkdir(parents=True, exist_ok=True)
+        self.scratch = self.scratch or nursery.new_folder()
         port, children = free_port(), []
         for rank, place in enumerate(ranks(self.course.world_size, port)):
             note = (note_samples, (str(self.samples_file(rank)),))
@@ -130,9 +129,8 @@ class Attempt:
         )
 
     def forget(self) -> None:
-        """Delete its folders."""
+        """Delete its folder."""
         shutil.rmtree(self.home)
-        self.scratch.rmdir()
 
     # ---- what is left of it
 
@@ -149,6 +147,7 @@ class Attempt:
 
     def leftovers(self, children: Sequence[Child]) -> list[Path]:
         """Processes, shared memory and scratch files of runs that have ended."""
+        assert self.scratch is not None, "not started"
         names = tuple(name for child in children for name in (f"sem.{shm_prefix(child.pid)}", f"torch_{child.pid}_"))
         found = [path for path in Path("/dev/shm").iterdir() if path.name.startswith(names)]
         return [*(path for child in children for path in child.session()), *found, *self.scratch.iterdir()]

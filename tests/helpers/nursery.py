@@ -45,6 +45,8 @@ class Nursery:
     """The client's end; a context manager. On leaving, all that was started is killed."""
 
     def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="clipyard-nursery-")
+        self._num_folders = 0
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "tests.helpers.nursery", str(theirs.fileno())]
         self._server = subprocess.Popen(command, cwd=ROOT, env=environment(QUIET), pass_fds=[theirs.fileno()])
@@ -52,6 +54,13 @@ class Nursery:
         self._connection: Connection = Connection(ours.detach())
         self._ended: dict[int, int] = {}
         self._alive: dict[int, Child] = {}
+
+    def new_folder(self) -> Path:
+        """For what runs keep in TMPDIR; its path is as short as those of sockets must be."""
+        self._num_folders += 1
+        folder = Path(self._folder.name) / str(self._num_folders)
+        folder.mkdir()
+        return folder
 
     def start(self, order: Order) -> Child:
         """A child that has just been forked."""
@@ -85,6 +94,7 @@ class Nursery:
             child.kill()
         self._connection.close()
         self._server.wait(30)
+        self._folder.cleanup()
 
 
 class Child:

@@ -123,7 +123,6 @@ def test_a_stop_before_the_first_step_saves_nothing_again_and_the_same_command_g
         patch.setattr(Preemption, "requested", lambda self: next(answers, "signal SIGTERM"))
         assert start() == (75, saved)
     assert start()[0] == 0
-    attempt.forget()
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.process import poll
+from tests.helpers.slurm import SlurmCluster
 from training.preemption import FROM_CLUSTER, SIGNALS, Preemption, ask_slurm, read_end
 
 REPOSITORY = Path(__file__).parents[2]
@@ -231,3 +232,19 @@ with Preemption(environment={}) as preemption:
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
 def test_a_forked_loader_worker_outlives_the_signal_and_decides_nothing() -> None:
     subprocess.run([sys.executable, "-c", WITH_CHILD], cwd=REPOSITORY, check=True, timeout=60)
+
+
+@pytest.mark.slow
+def test_a_real_slurm_says_when_the_job_ends(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
+    asks = "from training.preemption import ask_slurm; import os, time; print(ask_slurm(os.environ, time.time()))"
+    script = tmp_path / "job.sh"
+    script.write_text(f'#!/bin/bash\nsrun --ntasks=2 {sys.executable} -c "{asks}"\n')
+    where = (f"--chdir={REPOSITORY}", f"--output={tmp_path}/out", "--nodes=2", "--ntasks=2", "--time=30")
+    submitted = time.time()
+    job = slurm_cluster.submit(script, *where)
+    slurm_cluster.wait_end(job)
+    poll(lambda: (tmp_path / "out").exists() and (tmp_path / "out").read_text().count("None") >= 1, 120, "an answer")
+    answers = (tmp_path / "out").read_text().split()
+    ends = [float(answer) for answer in answers if answer != "None"]
+    assert ends, answers
+    assert all(submitted + 1700 < end < time.time() + 1900 for end in ends), (submitted, answers)
