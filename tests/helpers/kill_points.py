@@ -171,6 +171,7 @@ def _watch_functions(blow: Blow) -> None:
 
     import data
     import training.distributed
+    import training.facts
     import training.run
     from training import checkpoint, checkpoint_files
     from training.evaluation import evaluator
@@ -194,7 +195,7 @@ def _watch_functions(blow: Blow) -> None:
     after(checkpoint_files, "_write_file", "between files")
     after(checkpoint_files, "_take_name", "after rename: checkpoint")
     before(checkpoint_files, "_crc32_of_file", "verify")
-    after(training.run, "load_start", "load")
+    after(training.facts, "load_start", "load")
     after(TrainStep, "__call__", "step")
     after(Feed, "next", "batch")
     before(evaluator.Evaluator, "_zeroshot", "evaluation")

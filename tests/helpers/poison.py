@@ -9,6 +9,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+import training.opening
 import training.run
 from data import Batch
 from training.main import main
@@ -66,7 +67,7 @@ class PoisonedStep:
 def poisoned_run(flags: list[str], bad_rank: int, batches: set[int], kind: str) -> Report:
     """One rank of a run: `main(flags)` with the batches of `bad_rank` poisoned in their `kind`: features, gradient."""
     report = Report()
-    build_step, build_learner = training.run.build_step, training.run.build_learner
+    build_step, build_learner = training.opening.build_step, training.run.build_learner
 
     def poisoned_step(*args: Any) -> Any:
         step = build_step(*args)
@@ -77,7 +78,8 @@ def poisoned_run(flags: list[str], bad_rank: int, batches: set[int], kind: str) 
         report.weights = learner.model.state_dict()
         return learner
 
-    with mock.patch.multiple(training.run, build_step=poisoned_step, build_learner=kept_learner):
+    learner_kept = mock.patch.object(training.run, "build_learner", kept_learner)
+    with mock.patch.object(training.opening, "build_step", poisoned_step), learner_kept:
         report.exit_code = main(flags)
     report.weights = {key: torch.clone(value) for key, value in report.weights.items()}
     return report
