@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 ActivationFactory = Callable[[], nn.Module]
 
 
-@dataclass(frozen=True)
+# Not frozen, though nothing writes to it: of a frozen one torch 2.8's compiler guards every field, so that blocks would
+# be compiled again for each batch, not for each T.
+@dataclass
 class Groups:
     """What a line of T tokens consists of: parts of rows of equal length. shapes: (rows, tokens of each row)."""
 

@@ -83,9 +83,28 @@ class _ConsoleHandler(logging.Handler):
             self.handleError(record)
 
 
+class _LogFile(logging.FileHandler):
+    """Says once, on the console, that it cannot be written; a full disk is no reason for a traceback a line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        root = logging.getLogger()
+        if self in root.handlers:
+            root.removeHandler(self)
+            logger.warning("%s cannot be written: %s", self.baseFilename, error.strerror)
+
+    def close(self) -> None:
+        # What is still in its buffer cannot be written either.
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 def _file_handler(run_dir: Path) -> logging.Handler:
     run_dir.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(run_dir / LOG_FILE, encoding="utf-8")
+    handler = _LogFile(run_dir / LOG_FILE, encoding="utf-8")
     handler.setFormatter(_Masked("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     return handler
 

@@ -35,6 +35,12 @@ class RemoteError(CheckpointError):
     exit_code = EXIT_FAILED
 
 
+class FolderError(ConfigError):
+    """The run's folder cannot be written now: a full disk, a file system that is read-only or gone."""
+
+    exit_code = EXIT_FAILED
+
+
 class NonFiniteError(RuntimeError):
     """Loss or gradient was not finite more often than allowed."""
 
@@ -45,6 +51,11 @@ class StoppedEarly(Exception):
     """A rank was asked to stop before there was anything to save; raised on all ranks alike."""
 
     exit_code = EXIT_PREEMPTED
+
+
+def describe_os_error(error: OSError) -> str:
+    """`FILE: reason`, without the number."""
+    return ": ".join(str(part) for part in (error.filename, error.strerror or str(error)) if part)
 
 
 # What ends a run with one line and no traceback.
@@ -60,9 +71,11 @@ __all__ = [
     "ConfigError",
     "DataConfigError",
     "DataError",
+    "FolderError",
     "NonFiniteError",
     "PeerError",
     "RemoteError",
     "StoppedEarly",
     "UserError",
+    "describe_os_error",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,8 +12,11 @@ import yaml
 
 from training.config import TrainConfig, to_flat
 from training.distributed import World
-from training.errors import ConfigError
+from training.errors import ConfigError, FolderError
 from training.secrets import mask_secrets
+
+# What is wrong with the file system and not with the path: a node's fault, which another node may not have.
+_MAY_PASS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 @dataclass(frozen=True)
@@ -32,14 +36,17 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     def create(self, config: TrainConfig) -> None:
-        """Make the folder and write the resolved configuration. Raises ConfigError when that is not possible."""
+        """Make the folder and write the resolved configuration. Raises FolderError, or ConfigError where
+        another try would not help either.
+        """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             temporary = self.path / "config.yaml.tmp"
             temporary.write_text(yaml.safe_dump(plain(mask_secrets(to_flat(config))), sort_keys=False))
             os.replace(temporary, self.path / "config.yaml")
         except OSError as error:
-            raise ConfigError(f"the run folder {self.path} cannot be written: {error.strerror}") from error
+            kind = FolderError if error.errno in _MAY_PASS else ConfigError
+            raise kind(f"the run folder {self.path} cannot be written: {error.strerror}") from error
 
 
 def run_folder(config: TrainConfig, world: World) -> RunFolder:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from training.cli import parse_args
-from training.errors import EXIT_FAILED, PeerError, StoppedEarly, UserError
+from training.errors import EXIT_FAILED, PeerError, StoppedEarly, UserError, describe_os_error
 from training.preemption import Preemption, hold_signals, release_signals
 
 log = logging.getLogger("training.main")
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except OSError as error:
         # A full disk or a vanished folder; train.log has where it happened.
-        log.error("error: %s", error)
+        log.error("error: %s", describe_os_error(error))
         return EXIT_FAILED
     except Exception as error:
         log.exception("error: %s: not a mistake of yours, please report it", type(error).__name__)

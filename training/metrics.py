@@ -31,7 +31,8 @@ class MetricsLog:
 
     resume_step: the step of the checkpoint that the run continues from; lines beyond it belong to a
     future that was lost, and are cut off before the first write. None starts the file anew.
-    Raises OSError naming the file when it cannot be written.
+    Raises OSError naming the file when it cannot be written, or is no longer there: then the run's folder was removed
+    or unmounted, and what is written by name would go elsewhere.
     """
 
     def __init__(self, run_dir: Path, resume_step: int | None, listener: Listener | None = None):
@@ -56,6 +57,7 @@ class MetricsLog:
         record = {"step": step, "epoch": epoch, "samples_seen": samples_seen, "time": time.time()} | as_json(values)
         line = memoryview((json.dumps(record, allow_nan=False) + "\n").encode())
         try:
+            os.stat(self.path)
             while line:
                 line = line[self._file.write(line) :]
         except OSError as error:

@@ -1,7 +1,7 @@
 """Trackers (W&B, TensorBoard) as sinks of the metrics, each behind a bounded queue and a thread of its own.
 
 A sink that raises, blocks or falls behind is dropped with one warning; the run goes on. Knows nothing of
-the loop; the truth is in `training.metrics`.
+the loop; the truth is in `training.metrics`. W&B has a process besides, see `training.tracker_process`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ class Sink(Protocol):
     def write(self, record: Mapping[str, Any]) -> None: ...
 
     def close(self) -> None: ...
+
+    def abandon(self) -> None:
+        """Give up what is under way, at once; called when the sink is dropped, from another thread too."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,9 @@ def build_trackers(names: Sequence[str], settings: SinkSettings) -> Trackers:
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"--report-to {name}: the package {name} is not installed (pip install {name})")
-    kinds: dict[str, Callable[[SinkSettings], Sink]] = {"wandb": WandbSink, "tensorboard": TensorBoardSink}
+    from training.tracker_process import WandbProcess
+
+    kinds: dict[str, Callable[[SinkSettings], Sink]] = {"wandb": WandbProcess, "tensorboard": TensorBoardSink}
     return Trackers([SinkThread(name, partial(kinds[name], settings)) for name in names])
 
 
@@ -109,6 +114,7 @@ class SinkThread:
         self.name = name
         self._build = build
         self._queue: queue.Queue[Mapping[str, Any] | None] = queue.Queue(queue_length)
+        self._sink: Sink | None = None
         self._dropped = threading.Event()
         self._warning = threading.Lock()
         self._thread = threading.Thread(target=self._run, name=f"sink-{name}", daemon=True)
@@ -140,7 +146,7 @@ class SinkThread:
 
     def _run(self) -> None:
         try:
-            sink = self._build()
+            self._sink = sink = self._build()
             while not self.dropped and (record := self._queue.get()) is not None:
                 sink.write(record)
             sink.close()
@@ -153,6 +159,8 @@ class SinkThread:
             if self.dropped:
                 return
             self._dropped.set()
+        if self._sink is not None:
+            self._sink.abandon()
         first_line = mask_text(reason).splitlines()[0]
         logger.warning("tracker %s dropped, the run goes on without it: %s", self.name, first_line)
 
@@ -180,6 +188,9 @@ class TensorBoardSink:
     def close(self) -> None:
         self._writer.close()
 
+    def abandon(self) -> None:
+        """Nothing to end: its own thread is a daemon."""
+
 
 class WandbSink:
     """A W&B run whose id comes from the checkpoint; WANDB_MODE=offline works without a network.
@@ -197,7 +208,7 @@ class WandbSink:
             name=settings.run_name,
             id=settings.wandb_run_id or None,
             resume="allow",
-            notes=settings.wandb_notes or None,
+            notes=mask_text(settings.wandb_notes) or None,
             config=mask_secrets(dict(settings.config)),
             dir=str(settings.run_dir),
             settings=wandb.Settings(silent=True, console="off"),
@@ -210,6 +221,9 @@ class WandbSink:
 
     def close(self) -> None:
         self._run.finish()
+
+    def abandon(self) -> None:
+        """Nothing to end here: the process around it is killed."""
 
 
 def plottable(record: Mapping[str, Any]) -> dict[str, float]:

@@ -148,6 +148,14 @@ def run_training(*args: str | Path, env: dict[str, str] | None = None, timeout_s
         return running.finish(timeout_s)
 
 
+def start_ranks(size: int, *args: str | Path, env: dict[str, str] | None = None) -> list[Running]:
+    """Starts `size` ranks without a launcher that would end them together; each is a context manager."""
+    port = str(free_port())
+    common = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    places = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+    return [start_training(*args, env=place | (env or {})) for place in places]
+
+
 def start_torchrun(nproc: int, *args: str | Path, env: dict[str, str] | None = None) -> Running:
     """Starts `nproc` ranks by torchrun; use as a context manager."""
     return Running(torchrun_command(nproc, *args), env)

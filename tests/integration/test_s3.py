@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.process import run_training
+from tests.helpers.process import run_training, start_ranks
 from tests.helpers.s3 import S3Server
 from tests.helpers.shards import write_shards
 from tests.integration.test_training import TINY, losses, run
+from training.checkpoint_files import find_latest
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +54,25 @@ def test_missing_credentials_get_one_clear_line(bucket: S3Server, tmp_path: Path
     done = run_training(*TINY, *FLAGS, "--train-data", url, "--logs", tmp_path, "--name", "x", env=env).expect(2)
     assert "error: " in done.output and "credentials" in done.output
     assert "Traceback" not in done.output
+
+
+@pytest.mark.slow
+def test_a_bucket_that_vanishes_ends_all_ranks_with_the_last_checkpoint_whole(bucket: S3Server, tmp_path: Path) -> None:
+    client = bucket.client()
+    client.create_bucket(Bucket="vanishing")
+    for path in write_shards(tmp_path / "many", [64] * 12):
+        client.upload_file(str(path), "vanishing", path.name)
+    flags = ["--train-data", "s3://vanishing/shard-{00000..00011}.tar", "--train-num-samples", "768"]
+    flags += ["--dataset-resampled", "--shuffle-budget-mib", "1", "--logs", str(tmp_path / "logs"), "--name", "run"]
+    flags += ["--epochs", "1000", "--save-frequency", "1000", "--save-every-n-steps", "10"]
+    with contextlib.ExitStack() as stack:
+        ranks = [stack.enter_context(rank) for rank in start_ranks(2, *TINY, *flags)]
+        ranks[0].wait_for(r"^saved .*step_000000010")
+        for entry in client.list_objects_v2(Bucket="vanishing")["Contents"]:
+            client.delete_object(Bucket="vanishing", Key=entry["Key"])
+        client.delete_bucket(Bucket="vanishing")
+        ended = [rank.finish(60).expect(1).output for rank in ranks]
+    assert any("no such bucket: vanishing" in output for output in ended), ended
+    assert "Traceback" not in "".join(ended)
+    latest, passed_over = find_latest(tmp_path / "logs" / "run" / "checkpoints")
+    assert latest is not None and passed_over == []

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import models
 from data import AugmentConfig, Batch, DeviceTransform
@@ -52,6 +52,9 @@ WRAPPERS = {
     "ddp-keep": ClusterConfig(device="cpu", fsdp_no_reshard_after_forward=True),
 }
 TRUNKS = {"native": None, "convnext": "test_convnext", "vit": "test_vit"}
+# ConvNeXt's begin at 1e-6: gradients behind them are so small that a norm's weight, which begins at 1, moves by its
+# last bit or, rounded otherwise, not at all.
+LAYER_SCALE = 0.5
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,11 @@ def build(trunk: str, loss: str = "clip", seed: int = 7) -> models.CLIP:
     if loss == "siglip":
         config = models.config_with(config, init_logit_scale=SIGLIP_LOG_SCALE, init_logit_bias=SIGLIP_BIAS)
     torch.manual_seed(seed)
-    return models.build_model(config)
+    model = models.build_model(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".gamma"):
+            nn.init.constant_(parameter, LAYER_SCALE)
+    return model
 
 
 def batch_of(step: int, side: int) -> Batch:
@@ -239,11 +246,24 @@ def failures(cells: list[Cell], backend: str = "aot_eager", timeout_s: float = 6
     return [f"{found:.2g}: {cell}" for rank in results for cell, found in rank if not found < allowed[cell]]
 
 
+def moved(trunk: str) -> dict[str, float]:
+    """How far each tensor goes in one process, as a share of what it has become."""
+    start, end = build(trunk).state_dict(), reference(Cell(trunk=trunk).plain)
+    return {name: float((value - start[name]).norm() / value.norm()) for name, value in end.items()}
+
+
 def resnet_on_rank(wrappers: list[str], steps: int) -> list[dict[str, Tensor]]:
     torch.set_num_threads(1)
     with session(ClusterConfig(device="cpu")) as world:
         cells = [Cell(trunk="resnet", wrapper=wrapper, accum=2, clip=None) for wrapper in wrappers]
         return [train(cell, world, steps) for cell in cells]
+
+
+@pytest.mark.parametrize("trunk", sorted({cell.trunk for cell in LOW_PRECISION}))
+def test_every_tensor_goes_further_than_its_last_bits(trunk: str) -> None:
+    """Otherwise shares of the way that it has gone would say nothing."""
+    bits = torch.finfo(torch.float32).eps
+    assert not {name: way for name, way in moved(trunk).items() if way < 1000 * bits}
 
 
 def test_two_ranks_train_as_one_process_however_the_step_is_run() -> None:

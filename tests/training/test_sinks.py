@@ -35,6 +35,7 @@ class ListSink:
     def __init__(self, act: Callable[[], None] = lambda: None):
         self.records: list[Mapping[str, Any]] = []
         self.closed = False
+        self.abandoned = False
         self._act = act
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -43,6 +44,9 @@ class ListSink:
 
     def close(self) -> None:
         self.closed = True
+
+    def abandon(self) -> None:
+        self.abandoned = True
 
 
 def fail() -> None:
