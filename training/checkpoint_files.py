@@ -36,6 +36,7 @@ from training.errors import CheckpointError, CheckpointWriteError
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 CHUNK_BYTES = 16 << 20
+_CLOCKS_DIFFER_S = 5.0
 _NAME = re.compile(r"(epoch|step)_(\d+)")
 _LEFTOVER = re.compile(r"\.(tmp|replaced|deleted)-((?:epoch|step)_\d+)-(.+)-(\d+)")
 _SAFETENSORS_DTYPES = {
@@ -425,7 +426,9 @@ def clean_leftovers(directory: Path) -> list[Path]:
     """
     if not directory.is_dir():
         return []
-    dead = [path for path in directory.iterdir() if (match := _LEFTOVER.fullmatch(path.name)) and _owner_died(match)]
+    dead = [
+        path for path in directory.iterdir() if (match := _LEFTOVER.fullmatch(path.name)) and _owner_died(path, match)
+    ]
     for path in dead:
         match = _LEFTOVER.fullmatch(path.name)
         assert match is not None
@@ -436,7 +439,7 @@ def clean_leftovers(directory: Path) -> list[Path]:
     return dead
 
 
-def _owner_died(match: re.Match[str]) -> bool:
+def _owner_died(folder: Path, match: re.Match[str]) -> bool:
     host, pid = match[3], int(match[4])
     if host != socket.gethostname() or pid == os.getpid():
         return True
@@ -445,5 +448,18 @@ def _owner_died(match: re.Match[str]) -> bool:
     except ProcessLookupError:
         return True
     except PermissionError:
-        return False
-    return False
+        pass
+    return _began(pid) > folder.stat().st_mtime + _CLOCKS_DIFFER_S
+
+
+def _began(pid: int) -> float:
+    """When a process began, in unix seconds; 0 where the system does not tell.
+
+    Numbers of processes come again, in containers the same few at each start: who is younger than a folder is another.
+    """
+    try:
+        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")

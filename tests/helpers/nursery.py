@@ -67,6 +67,7 @@ class Nursery:
         Path(order.log).touch()
         self._connection.send(order)
         child = Child(self, self._receive_until(lambda message: message[0] == "started")[1], Path(order.log))
+        self._ended.pop(child.pid, None)  # an earlier process of that number
         self._alive[child.pid] = child
         return child
 

@@ -34,6 +34,7 @@ class Tormentor:
         self.nursery, self.data, self.home = nursery, data, home
         self.draw = random.Random(seed)
         self.kills: Counter[str] = Counter()
+        self.tries: Counter[str] = Counter()  # a run may end before it has passed its place often enough
         self.runs: Counter[str] = Counter()
         self.lost_disks = self.scraps = 0
         self._whole: dict[str, Attempt] = {}
@@ -82,13 +83,15 @@ class Tormentor:
         return attempt.newest_at_remote()
 
     def _choose(self, course: Course) -> str:
-        """A third at any moment, the rest at the place that was hit least."""
+        """A third at any moment, the rest at the place that was tried least."""
         if self.draw.random() < 1 / 3:
             return MOMENT
         # Half of the time the places at a remote, which few courses have.
         places = REMOTE if course.remote and self.draw.random() < 1 / 2 else PLACES
-        fewest = min(self.kills[place] for place in places)
-        return self.draw.choice([place for place in places if self.kills[place] == fewest])
+        fewest = min(self.tries[place] for place in places)
+        place = self.draw.choice([place for place in places if self.tries[place] == fewest])
+        self.tries[place] += 1
+        return place
 
     def _end(self, children: list[Child], victim: int) -> list[int]:
         """The exit codes. The other ranks die with the first, or are left to find out for themselves."""

@@ -177,10 +177,11 @@ def test_a_signal_to_all_processes_of_a_job_that_compiles_is_outlived(tmp_path: 
         attempt = Attempt(course, tmp_path / "data", tmp_path / "compiled")
         cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
         (child,) = attempt.start(nursery, env=cache)
-        compilers = poll(lambda: [path for path in child.session() if b"cc1plus" in _command(path)], 300, "a compiler")
-        child.signal(signal.SIGTERM, group=True)
-        assert b"cc1plus" in _command(compilers[0])
-        assert child.finish(900) == 75, child.output
+        poll(lambda: [path for path in child.session() if b"cc1plus" in _command(path)], 300, "a compiler")
+        # Again and again: some of what is compiled first is only a trial, which may fail.
+        while nursery.exit_code(child.pid, timeout_s=0.05) is None:
+            child.signal(signal.SIGTERM, group=True)
+        assert child.finish() == 75, child.output
         assert attempt.newest() == 1
         assert [c.finish(900) for c in attempt.start(nursery, env=cache)] == [0]
     assert len(samples_noted(attempt.samples_file(0))) == course.num_steps

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -263,6 +264,17 @@ def test_leftovers_of_dead_writers_are_cleaned_and_a_nameless_checkpoint_gets_it
     (tmp_path / ".tmp-step_4-another-host-17").mkdir()
     assert len(clean_leftovers(tmp_path)) == 5
     assert names(tmp_path) == ["step_1", "step_2"]
+
+
+def test_a_process_that_is_younger_than_a_folder_is_not_its_writer(tmp_path: Path) -> None:
+    leftover = tmp_path / f".replaced-step_3-{checkpoint_files.socket.gethostname()}-{os.getppid()}"
+    leftover.mkdir()
+    # As when the number of a killed writer has been given to another process since.
+    began = checkpoint_files._began(os.getppid())
+    assert 0 < began < time.time()
+    os.utime(leftover, (began - 60, began - 60))
+    assert clean_leftovers(tmp_path) == [leftover]
+    assert (tmp_path / "step_3").is_dir()
 
 
 def test_folders_of_a_living_writer_are_left_alone(tmp_path: Path) -> None:
