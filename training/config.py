@@ -285,6 +285,11 @@ def to_flat(config: TrainConfig) -> dict[str, Any]:
     return flat
 
 
+def shared_settings(config: TrainConfig) -> dict[str, Any]:
+    """What must be the same on all ranks: all but where run folders are, which may be a disk of each node."""
+    return {name: value for name, value in to_flat(config).items() if name != "logs"}
+
+
 def from_flat(values: dict[str, Any]) -> TrainConfig:
     """The inverse of `to_flat`; absent names keep their defaults. Values must have their final types."""
     parts = {}

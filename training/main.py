@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from training.cli import parse_args
-from training.config import to_flat
+from training.config import shared_settings
 from training.errors import EXIT_FAILED, PeerError, StoppedEarly, UserError, describe_os_error
 from training.preemption import Preemption, hold_signals, release_signals
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from training.distributed import session
             from training.run import train
 
-            with session(config.cluster, to_flat(config)) as world:
+            with session(config.cluster, shared_settings(config)) as world:
                 return train(config, world, preemption)
     except UserError as error:
         log.error("error: %s", error)

@@ -174,6 +174,7 @@ class TensorBoardSink:
             warnings.simplefilter("ignore")
             from torch.utils.tensorboard import SummaryWriter
 
+        _leave_errors_to_the_next_call()
         purge_step = None if settings.resume_step is None else settings.resume_step + 1
         self._writer = SummaryWriter(str(settings.run_dir / "tensorboard"), purge_step=purge_step)
         if settings.resume_step is None:
@@ -190,6 +191,17 @@ class TensorBoardSink:
 
     def abandon(self) -> None:
         """Nothing to end: its own thread is a daemon."""
+
+
+def _leave_errors_to_the_next_call() -> None:
+    """TensorBoard's writing thread hands its error to the next call, where it is told; it prints it besides."""
+    earlier = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if type(args.thread).__name__ != "_AsyncWriterThread":
+            earlier(args)
+
+    threading.excepthook = hook
 
 
 class WandbSink:

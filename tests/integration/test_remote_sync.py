@@ -129,9 +129,9 @@ def test_a_preempted_run_ends_in_time_though_its_upload_hangs(data: str, tmp_pat
     """The server accepts connections and never answers again: it is stopped, as a machine that has died."""
     with serve_s3() as server:
         flags = [*TINY, "--train-data", data, "--logs", tmp_path, "--name", "run", "--remote-sync", server.url("runs")]
-        env = server.env | {"CLIPYARD_END_TIME": str(time.time() + 60)}
+        env = server.env | {"CLIPYARD_END_TIME": str(time.time() + 45)}
         with start_training(*flags, "--epochs", "100000", *SAVE, env=env) as running:
-            running.wait_for(r"^uploaded ", 50)
+            running.wait_for(r"^uploaded ", 40)
             _stop(server)
             done = running.finish(120).expect(75)
             assert time.time() < float(env["CLIPYARD_END_TIME"])
@@ -214,7 +214,7 @@ def test_a_remote_that_does_not_answer_stops_a_new_run_and_not_one_that_has_chec
     uninterrupted: Path, data: str, tmp_path: Path
 ) -> None:
     with serve_s3() as server:
-        env = server.env
+        env = server.env | {"AWS_MAX_ATTEMPTS": "1"}  # s3fs insists besides
     sync = ("--remote-sync", server.url("runs"), *SAVE)
     flags = [*TINY, "--train-data", data, "--logs", tmp_path, "--name", "run", "--resume", "latest", *sync]
     done = run_training(*flags, env=env).expect(1)
