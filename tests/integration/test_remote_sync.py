@@ -104,7 +104,9 @@ def test_a_bucket_that_vanishes_during_the_run_warns_once_and_costs_nothing_else
         flags = [*TINY, "--train-data", data, "--logs", tmp_path, "--name", "run", "--remote-sync", server.url("runs")]
         with start_training(*flags, *SAVE, "--workers", "1", env=server.env) as running:
             running.wait_for(r"^uploaded ")
+            running.signal(signal.SIGSTOP)  # the run would be over before the bucket is
             poll(lambda: _delete_bucket(server), 60, "the end of the bucket")
+            running.signal(signal.SIGCONT)
             done = running.finish().expect(0)
     assert_same_end(uninterrupted, tmp_path)
     warnings = [line for line in done.output.splitlines() if "the run goes on" in line]
