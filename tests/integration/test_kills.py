@@ -70,6 +70,8 @@ class Tormentor:
         self._check(attempt, children, before)
         if codes == [0] * len(codes):
             return True
+        # Killed behind the last agreement, a rank leaves the others nothing to miss.
+        assert all(codes) or attempt.newest() == attempt.course.num_steps, codes
         assert codes[victim] == -9 and not last, f"{codes}\n" + "\n".join(child.output for child in children)
         self.kills[place] += 1
         return False
@@ -99,9 +101,7 @@ class Tormentor:
         first = children[victim].finish()
         if first and together:
             return [child.kill() for child in children]
-        codes = [child.finish() for child in children]
-        assert first == 0 or all(codes), codes
-        return codes
+        return [child.finish() for child in children]
 
     def _check(self, attempt: Attempt, children: list[Child], before: int) -> None:
         """What is there after every end: whole checkpoints, none older than what was saved, and nothing else."""
