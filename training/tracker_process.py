@@ -69,6 +69,8 @@ class WandbProcess:
             self._stdin.flush()
         except OSError as error:
             self._process.wait()
+            with contextlib.suppress(OSError):  # of what is still in its buffer
+                self._stdin.close()
             raise RuntimeError(self._last_words()) from error
 
     def _last_words(self) -> str:
