@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from data import CaptionConfig, DataError, LoaderConfig, Where, open_catalog, run_preflight
 from models import ConfigError, get_tokenizer, load_model_config
+from scripts.arguments import positive
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,8 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--caption-key", nargs="+", default=["txt"], help="txt, or json:FIELD; several are drawn from")
     parser.add_argument("--caption-probs", nargs="+", type=float, default=[], help="how often each key is drawn")
     parser.add_argument("--where", help="as for a run, e.g. \"NSFW in ['UNLIKELY'] and similarity > 0.3\"")
-    parser.add_argument("--num-shards", type=_positive, default=3, help="shards looked at (default: %(default)s)")
-    parser.add_argument("--num-samples", type=_positive, default=8, help="samples of each (default: %(default)s)")
+    parser.add_argument("--num-shards", type=positive, default=3, help="shards looked at (default: %(default)s)")
+    parser.add_argument("--num-samples", type=positive, default=8, help="samples of each (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
         if args.where is not None:
@@ -42,13 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
-
-
-def _positive(word: str) -> int:
-    number = int(word)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from scripts.arguments import positive
 from training.errors import ConfigError
 from training.submission.queue import QueueError
 from training.submission.submit import TEMPLATES, Request, Submission, Submitted, prepare, submit
@@ -72,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--container-mounts", help="further SRC:DST,... beside the run's folder and the data's")
     add(
         "--chain",
-        type=_positive,
+        type=positive,
         default=0,
         metavar="K",
         help="K jobs, each waiting for the one before, for sites without requeue",
@@ -108,13 +109,6 @@ def _report(submission: Submission, done: Submitted) -> None:
     print(f"submitted: job {jobs}")
     print(f"watch: squeue -j {','.join(done.jobs)}; tail -F {submission.run / f'slurm-{first}.out'}")
     print(f"save and {follows}: scancel --signal=USR2 {first}; end: scancel {jobs}")
-
-
-def _positive(word: str) -> int:
-    number = int(word)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
 
 
 if __name__ == "__main__":

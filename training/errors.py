@@ -57,6 +57,11 @@ class NonFiniteError(RuntimeError):
     exit_code = EXIT_FAILED
 
 
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """What the error says, or its class where it says nothing; other libraries' messages may be pages."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]
+
+
 def describe_os_error(error: OSError) -> str:
     """`FILE: reason`, without the number."""
     return ": ".join(str(part) for part in (error.filename, error.strerror or str(error)) if part)
@@ -97,4 +102,5 @@ __all__ = [
     "StoppedEarly",
     "UserError",
     "describe_os_error",
+    "first_line",
 ]

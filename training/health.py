@@ -21,7 +21,7 @@ import torch.distributed as dist
 from data.urls import mask_url
 from data.worker_status import process_state, short_path
 from training.beats import Alarm, Beat, Board, Question, place
-from training.errors import EXIT_FAILED, LostRankError, PeerError, StoppedEarly
+from training.errors import EXIT_FAILED, LostRankError, PeerError, StoppedEarly, first_line
 from training.pulse import Pulse
 from training.stalls import Ages, Deputy, StallWatch, describe_worker, late_ranks, silence_limit_s
 from training.timeouts import Timeouts
@@ -105,7 +105,7 @@ class Health:
         """This rank leaves by `error`, and the others cannot know it. Errors that are shared need no alarm."""
         if self._size == 1 or isinstance(error, PeerError | StoppedEarly):
             return
-        text = f"rank {self._rank} on {self._pulse.host} ended: {type(error).__name__}: {_first_line(error)}"
+        text = f"rank {self._rank} on {self._pulse.host} ended: {type(error).__name__}: {first_line(error)}"
         with suppress(*_STORE_ERRORS):
             self._alarm = self._board.raise_alarm(Alarm(self._rank, text, _code_of(error)))
 
@@ -284,7 +284,7 @@ class Health:
             if alarm:
                 return alarm
             time.sleep(0.5)
-        return Alarm(-1, f"the connection to another rank broke, though all are alive: {_first_line(error)}", 1)
+        return Alarm(-1, f"the connection to another rank broke, though all are alive: {first_line(error)}", 1)
 
     def _silent(self, ages: Ages) -> Alarm | None:
         beats = self._board.beats()
@@ -334,7 +334,3 @@ def _entered(group: dist.ProcessGroup) -> int:
 
 def _code_of(error: BaseException) -> int:
     return int(getattr(error, "exit_code", EXIT_FAILED)) or EXIT_FAILED
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0] or repr(error)

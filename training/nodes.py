@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from training.checkpoint_files import age_key, list_checkpoints, parse_manifest, read_manifest_text
+from training.checkpoint_files import list_checkpoints
 from training.distributed import Errand, World
 from training.errors import ConfigError
+from training.manifest import age_key, parse_manifest, read_manifest_text
 from training.remote import CHECKPOINTS, Remote, insist
 from training.start import Resume, StartState
 

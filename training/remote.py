@@ -19,9 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from training.checkpoint_files import MANIFEST, Manifest, is_checkpoint_name, receive
+from training.checkpoint_files import receive
 from training.distributed import Errand
 from training.errors import CheckpointError, ConfigError, RemoteError
+from training.manifest import MANIFEST, Manifest, is_checkpoint_name
 from training.secrets import mask_text
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from training.config import ClusterConfig
-from training.errors import ConfigError, LaunchError
+from training.errors import ConfigError, LaunchError, first_line
 from training.launch import Launch
 
 STORE_ERRORS = (dist.DistError, RuntimeError, TimeoutError)
@@ -105,7 +105,7 @@ def _serve(address: Address, timeout_s: float) -> dist.Store:
             )
         except STORE_ERRORS as exc:
             if "EADDRINUSE" not in str(exc) and "already in use" not in str(exc):
-                raise ConfigError(f"rank 0 cannot listen on port {port}: {_first_line(exc)}; {_CHOOSE}") from exc
+                raise ConfigError(f"rank 0 cannot listen on port {port}: {first_line(exc)}; {_CHOOSE}") from exc
     taken = " and ".join(map(str, address.ports))
     raise LaunchError(
         f"rank 0 cannot listen on {socket.gethostname()}: port {taken} is taken, by another job on this node or by a "
@@ -178,7 +178,7 @@ def _client(address: Address, port: int, launch: Launch, deadline: float) -> tup
     if not answer:
         return None, f"what listens at port {port} does not answer as a store: another program has this port"
     if isinstance(answer[0], BaseException):
-        return None, _first_line(answer[0])
+        return None, first_line(answer[0])
     if several and not _greets(answer[0], launch):
         return None, f"the store at port {port} belongs to another job"
     return answer[0], ""
@@ -191,7 +191,3 @@ def _greets(store: dist.Store, launch: Launch) -> bool:
             return False
         time.sleep(0.05)
     return True
-
-
-def _first_line(exc: BaseException) -> str:
-    return (str(exc).splitlines() or [type(exc).__name__])[0]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from training.config import TrainConfig
-from training.errors import ConfigError, OutOfMemoryError, PeerError, UserError
+from training.errors import ConfigError, OutOfMemoryError, PeerError, UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def _explain(error: BaseException, load: Load, in_training: bool) -> str | None:
         return f"out of memory in the trial step ({said}) with {load}. Lower what it takes: {cures}"
     if not in_training and (cause := _compile_error(error)):
         return (
-            f"--torchcompile: the compiler failed in the trial step: {type(cause).__name__}: {_first_line(cause)} "
+            f"--torchcompile: the compiler failed in the trial step: {type(cause).__name__}: {first_line(cause)} "
             f"(with {load}). Leave out --torchcompile; train.log has where it happened"
         )
     return None
@@ -152,7 +152,3 @@ def _shortened(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     text = text[max(0, text.find("DefaultCPUAllocator")) :]
     return ". ".join(text.split(". ")[:3]).rstrip(".")[:300]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

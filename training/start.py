@@ -13,16 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training.checkpoint_files import (
-    MANIFEST,
-    age_key,
-    clean_leftovers,
-    list_checkpoints,
-    parse_manifest,
-    read_manifest_text,
-    verify_checkpoint,
-)
+from training.checkpoint_files import clean_leftovers, list_checkpoints, verify_checkpoint
 from training.errors import CheckpointError, ConfigError, RemoteError
+from training.manifest import MANIFEST, age_key, parse_manifest, read_manifest_text
 from training.metrics import FILE_NAME as METRICS_FILE
 from training.remote import CHECKPOINTS, Remote, in_time, insist, remote_checkpoint
 from training.secrets import mask_text

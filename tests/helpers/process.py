@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -148,12 +148,17 @@ def run_training(*args: str | Path, env: dict[str, str] | None = None, timeout_s
         return running.finish(timeout_s)
 
 
-def start_ranks(size: int, *args: str | Path, env: dict[str, str] | None = None) -> list[Running]:
-    """Starts `size` ranks without a launcher that would end them together; each is a context manager."""
+@contextlib.contextmanager
+def start_ranks(
+    size: int, *args: str | Path, module: Sequence[str] = ("training.main",), env: dict[str, str] | None = None
+) -> Iterator[list[Running]]:
+    """`python -m MODULE ...` as `size` ranks, without a launcher that would end them together."""
     port = str(free_port())
     common = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     places = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
-    return [start_training(*args, env=place | (env or {})) for place in places]
+    command = [sys.executable, "-m", *module, *map(str, args)]
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(Running(command, place | (env or {}))) for place in places]
 
 
 def start_torchrun(nproc: int, *args: str | Path, env: dict[str, str] | None = None) -> Running:

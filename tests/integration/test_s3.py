@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from pathlib import Path
 
@@ -65,8 +64,7 @@ def test_a_bucket_that_vanishes_ends_all_ranks_with_the_last_checkpoint_whole(bu
     flags = ["--train-data", "s3://vanishing/shard-{00000..00011}.tar", "--train-num-samples", "768"]
     flags += ["--dataset-resampled", "--shuffle-budget-mib", "1", "--logs", str(tmp_path / "logs"), "--name", "run"]
     flags += ["--epochs", "1000", "--save-frequency", "1000", "--save-every-n-steps", "10"]
-    with contextlib.ExitStack() as stack:
-        ranks = [stack.enter_context(rank) for rank in start_ranks(2, *TINY, *flags)]
+    with start_ranks(2, *TINY, *flags) as ranks:
         ranks[0].wait_for(r"^saved .*step_000000010")
         for entry in client.list_objects_v2(Bucket="vanishing")["Contents"]:
             client.delete_object(Bucket="vanishing", Key=entry["Key"])

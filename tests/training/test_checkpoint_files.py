@@ -19,8 +19,6 @@ from safetensors.torch import load_file
 
 from training import checkpoint_files
 from training.checkpoint_files import (
-    MANIFEST,
-    Manifest,
     clean_leftovers,
     find_latest,
     list_checkpoints,
@@ -29,6 +27,7 @@ from training.checkpoint_files import (
     write_checkpoint,
 )
 from training.errors import CheckpointError, CheckpointWriteError
+from training.manifest import MANIFEST, FileEntry, Manifest
 
 REPOSITORY = Path(__file__).parents[2]
 MODEL = "model.safetensors"
@@ -76,7 +75,7 @@ def test_the_header_names_the_format_as_other_programs_expect(write_step: WriteS
     sizes=st.dictionaries(st.text(min_size=1, max_size=20), st.integers(0, 2**50), max_size=4),
 )
 def test_a_manifest_survives_being_written_and_read(step: int, epoch: int, sizes: dict[str, int]) -> None:
-    files = {name: checkpoint_files.FileEntry(size, size % 2**32) for name, size in sizes.items()}
+    files = {name: FileEntry(size, size % 2**32) for name, size in sizes.items()}
     manifest = Manifest(step=step, epoch=epoch, files=files, written_at=1.5)
     assert Manifest.from_text(manifest.to_text()) == manifest
 

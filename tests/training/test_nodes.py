@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.gloo import run_ranks
-from training.checkpoint_files import read_manifest_text, verify_checkpoint, write_checkpoint
+from training.checkpoint_files import verify_checkpoint, write_checkpoint
 from training.config import ClusterConfig
 from training.distributed import session
 from training.errors import ConfigError, PeerError
+from training.manifest import read_manifest_text
 from training.nodes import on_every_node, refuse_newer_elsewhere
 from training.remote import Remote
 from training.start import Fresh, Resume, StartState

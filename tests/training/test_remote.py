@@ -16,14 +16,9 @@ import pytest
 from models import create_model, load_pretrained
 from tests.helpers.s3 import S3Server
 from training import remote as remote_module
-from training.checkpoint_files import (
-    MANIFEST,
-    list_checkpoints,
-    read_manifest_text,
-    verify_checkpoint,
-    write_checkpoint,
-)
+from training.checkpoint_files import list_checkpoints, verify_checkpoint, write_checkpoint
 from training.errors import EXIT_CONFIG, EXIT_FAILED, CheckpointError, ConfigError, RemoteError
+from training.manifest import MANIFEST, read_manifest_text
 from training.remote import Remote, Replaced, in_time, insist, open_remote, remote_checkpoint, run_remote
 
 NAME = "step_000000007"

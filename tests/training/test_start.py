@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.training.conftest import FakeWorld
-from training.checkpoint_files import MANIFEST, read_manifest_text, verify_checkpoint, write_checkpoint
+from training.checkpoint_files import verify_checkpoint, write_checkpoint
 from training.errors import CheckpointError, ConfigError, RemoteError
+from training.manifest import MANIFEST, read_manifest_text
 from training.remote import Remote, open_remote
 from training.start import Fresh, Pretrained, Resume, StartState, choose_start, decide_start
 
