@@ -8,6 +8,7 @@ L text tokens, D tower width, E embedding size, H heads, K head size, V vocabula
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -49,6 +50,7 @@ class CLIP(TextLayers):
         else:
             self.add_text_layers(config.text_cfg, config.embed_dim, config.quick_gelu)
         self.row_draws = draw_by_rows(self)
+        self._frozen_statistics: list[nn.Module] = []
 
     def forward(
         self, image: Tensor | None = None, text: Tensor | None = None, text_plan: TextPlan | None = None
@@ -88,6 +90,17 @@ class CLIP(TextLayers):
         """Recomputes each block of both towers in the backward pass instead of keeping its activations."""
         self.visual.set_grad_checkpointing(enable)
         self.text_tower.transformer.grad_checkpointing = enable
+
+    def freeze_statistics(self, norms: Iterable[nn.Module]) -> None:
+        """Batch norms that from now on stay in evaluation mode, whatever the model's mode is."""
+        self._frozen_statistics += norms
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> CLIP:
+        super().train(mode)
+        for norm in self._frozen_statistics:
+            norm.eval()
+        return self
 
     def blocks(self) -> list[nn.Module]:
         """The repeated blocks of both towers, image first: the units to compile, shard and recompute."""

@@ -181,7 +181,7 @@ class ModelConfig:
         if isinstance(vision, Mapping):
             preprocess.setdefault("size", vision.get("image_size", VisionConfig.image_size))
             # OpenCLIP writes both; to it they mean the same.
-            settings["vision_cfg"] = vision | {"timm_proj": ""} if vision.get("timm_proj", "") is None else vision
+            settings["vision_cfg"] = {**vision, "timm_proj": vision.get("timm_proj", VisionConfig.timm_proj) or ""}
         settings.setdefault("name", name)
         settings["preprocess"] = preprocess
         return decode(cls, settings)

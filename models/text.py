@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.config import TextConfig
+from models.layer_groups import Prefixes, stack_groups
 from models.layers import LayerNorm, ResidualAttentionBlock, Transformer, activation_factory
 from models.unpadded import TextPlan, plan_text, why_padding_counts
 
@@ -48,6 +49,13 @@ class TextLayers(nn.Module):
         if reason := why_padding_counts(self.text_config):
             raise ValueError(f"this tower needs all positions: {reason}")
         return plan_text(self._pooled_positions(tokens) + 1, tokens.shape[1], multiple=multiple)
+
+    def layer_groups(self) -> Prefixes:
+        """See `models.layer_groups`."""
+        stem = ("token_embedding", "positional_embedding", "cls_emb")
+        return stack_groups(
+            stem, "transformer.resblocks", len(self.transformer.resblocks), ("ln_final",), "text_projection"
+        )
 
     def text_features(self, tokens: Tensor, plan: TextPlan | None = None) -> Tensor:
         """Token ids [B,L] to features [B,E], not normalised; with the `plan` of these tokens, without padding.
