@@ -122,7 +122,7 @@ def build_learner(
     """Model and optimiser in their start state, equal on all ranks."""
     torch.manual_seed(config.run.seed)
     model = models.build_model(model_config).to(world.device)
-    _lock_towers(model, config.model)
+    lock_as_told(model, config.model)
     # Only rank 0 reads weights: wrapping the model sends them to the others.
     with world.collectively("loading weights"):
         if world.is_main and isinstance(start, Pretrained):
@@ -138,7 +138,7 @@ def build_learner(
     return Learner(model, wrapped, optimizer, _loss_scale(config, loaded, world))
 
 
-def _lock_towers(model: models.CLIP, section: ModelConfig) -> None:
+def lock_as_told(model: models.CLIP, section: ModelConfig) -> None:
     """What --lock-image and --lock-text and their companions say."""
     image = Lock(section.lock_image_unlocked_groups, section.lock_image_freeze_bn_stats)
     text = Lock(section.lock_text_unlocked_layers, freeze_norms=section.lock_text_freeze_layer_norm)
