@@ -135,6 +135,15 @@ LOCKED = [
     *product(wrapper=("ddp", "static", "fsdp"), checkpointing=(False, True), accum=(1, 2), lock=("image", "text")),
     *product(trunk=("vit",), wrapper=("ddp", "fsdp"), compiled=(False, True), lock=("image",)),
 ]
+# A decoder's logits are not accumulated.
+COCA = product(
+    trunk=("coca",),
+    wrapper=("ddp", "static", "fsdp"),
+    checkpointing=(False, True),
+    compiled=(False, True),
+    loss=("clip", "siglip"),
+    cut_padding=(False,),
+)
 LOW_PRECISION = product(
     trunk=("native", "convnext"),
     wrapper=("ddp", "fsdp"),
@@ -155,6 +164,8 @@ QUICK = [
     Cell(trunk="convnext", wrapper="ddp-nhwc"),
     Cell(wrapper="fsdp", accum=2, lock="image"),
     Cell(wrapper="static", checkpointing=True, lock="text"),
+    Cell(trunk="coca", wrapper="fsdp", checkpointing=True, cut_padding=False),
+    Cell(trunk="coca", wrapper="ddp", cut_padding=False),
 ]
 QUICK_LOW = [
     Cell(wrapper="fsdp", precision="amp", accum=2),
@@ -165,7 +176,7 @@ QUICK_LOW = [
 
 def build(trunk: str, loss: str = "clip", seed: int = 7) -> models.CLIP:
     """A model without random draws of its own, so that it does not matter which rank sees which row."""
-    config = models.load_model_config("tiny-test-rn" if trunk == "resnet" else "tiny-test")
+    config = models.load_model_config({"resnet": "tiny-test-rn", "coca": "tiny-test-coca"}.get(trunk, "tiny-test"))
     if TRUNKS.get(trunk):
         timm = dataclasses.replace(models.load_model_config("tiny-test-timm").vision_cfg, timm_drop_path=None)
         pool = "token" if trunk == "vit" else ""
@@ -206,7 +217,9 @@ def train(cell: Cell, world: World, steps: int = STEPS) -> dict[str, Tensor]:
         precision=cell.precision,
         accum_steps=cell.accum,
         clip_grad_norm=cell.clip,
-        objective=build_objective(config.optim, has_teacher=cell.has_teacher),
+        objective=build_objective(
+            config.optim, has_teacher=cell.has_teacher, caption_pad_id=0 if cell.trunk == "coca" else None
+        ),
         teacher=build(cell.trunk, seed=8).eval().requires_grad_(False) if cell.has_teacher else None,
         cut_padding=cell.cut_padding,
         static_shapes=cell.compiled,
@@ -302,6 +315,11 @@ def test_a_model_with_batch_norms_is_trained_by_fsdp_as_by_ddp() -> None:
 def test_every_allowed_cell_trains_two_ranks_as_one_process(trunk: str) -> None:
     cells = [cell for cell in FULL if cell.trunk == trunk and not cell.is_refused]
     assert not failures(cells, timeout_s=400)
+
+
+@pytest.mark.slow
+def test_a_model_that_writes_captions_trains_on_two_ranks_as_in_one_process() -> None:
+    assert not failures(COCA, timeout_s=400)
 
 
 @pytest.mark.slow
