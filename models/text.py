@@ -102,7 +102,7 @@ class TextLayers(nn.Module):
         """[B,L] to [B,L,D], or [B,L+1,D] where a class token stands at the end."""
         hidden_BLD, is_causal, mask = self.token_embedding(tokens), not self.text_config.no_causal_mask, None
         if self.cls_emb is not None:
-            class_B1D = self.cls_emb.to(hidden_BLD.dtype).expand(len(tokens), 1, -1)
+            class_B1D = self.cls_emb.to(hidden_BLD.dtype).expand(tokens.shape[0], 1, -1)
             hidden_BLD = torch.cat([hidden_BLD, class_B1D], dim=1)
             mask, is_causal = self._class_token_mask(tokens, is_causal), False
         hidden_BLD = hidden_BLD + self.positional_embedding[: hidden_BLD.shape[1]]

@@ -235,8 +235,19 @@ class _Tables:
 
 @lru_cache(maxsize=1)
 def _tables() -> _Tables:
+    return _Tables(_merges())
+
+
+def vocabulary() -> tuple[list[str], list[str]]:
+    """The symbols in the order of their ids, without start and end, and the merges, as 'left right', in theirs."""
+    merges, order = _merges(), _byte_order()
+    single = [_printable(byte, order) for byte in order]
+    return [*single, *(symbol + "</w>" for symbol in single), *(merge.replace(" ", "") for merge in merges)], merges
+
+
+def _merges() -> list[str]:
     lines = gzip.decompress(_vocabulary_bytes()).decode("utf-8").split("\n")
-    return _Tables(lines[1 : 1 + _NUM_MERGES])
+    return lines[1 : 1 + _NUM_MERGES]
 
 
 def _vocabulary_bytes() -> bytes:
