@@ -26,8 +26,10 @@ from models.weight_files import is_mapped
 from models.weight_writer import TensorSpec, in_file_order, write_safetensors
 from models.weights import read_fitting
 
-# Of all tensors together, in elements: what is summed at a time. Each time every file is opened anew.
-PIECE_ELEMENTS = 2**24
+# Elements that are summed at a time, of however many tensors: for each such piece every file is opened anew.
+PIECE_ELEMENTS = 2**23
+# Elements in one operation, few enough that its operands stay in the processor's cache.
+_CACHED_ELEMENTS = 2**18
 # What may differ between models that are averaged: what shapes show anyway, and what training alone uses.
 _MAY_DIFFER = (
     "name",
@@ -100,7 +102,7 @@ class Average:
             if source.weight != 0:
                 source.add_to(sums, spans)
         total = sum(source.weight for source in self._sources)
-        return [self._rounded(span, added / total) for span, added in zip(spans, sums, strict=True)]
+        return [self._rounded(span, added.div_(total)) for span, added in zip(spans, sums, strict=True)]
 
     def _rounded(self, span: _Span, mean: Tensor) -> Tensor:
         dtype = self.specs[span.key].dtype
@@ -122,10 +124,11 @@ class _Source:
     def add_to(self, sums: list[Tensor], spans: list[_Span]) -> None:
         state = self.read()
         for added, span in zip(sums, spans, strict=True):
-            part = _part(state, span)
-            if not part.isfinite().all():
-                raise CheckpointError(f"{self._source}: {span.key} has values that are not finite")
-            added.add_(part, alpha=self.weight)
+            parts = _part(state, span).split(_CACHED_ELEMENTS)
+            for into, part in zip(added.split(_CACHED_ELEMENTS), parts, strict=True):
+                if not part.isfinite().all():
+                    raise CheckpointError(f"{self._source}: {span.key} has values that are not finite")
+                into.add_(part, alpha=self.weight)
 
 
 def _part(state: Mapping[str, Tensor], span: _Span) -> Tensor:
