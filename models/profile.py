@@ -1,7 +1,7 @@
 """What a forward pass of a model costs: parameters, multiply-accumulates and activations of each tower.
 
 Runs the model on torch's meta device, which has shapes and no memory, and adds up what its operations say of
-themselves. Knows the towers only as modules of a model, so whatever `build_model` can build can be counted.
+themselves. Knows of a model its encode methods and its keys' roots, so whatever `build_model` can build is counted.
 
 The conventions are those of the published tables (fvcore's, in which the comparisons of timm and OpenCLIP are
 written), so that figures can be laid side by side:
@@ -15,11 +15,12 @@ written), so that figures can be laid side by side:
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -29,9 +30,8 @@ from models.config import ModelConfig, pair
 from models.factory import build_model
 
 IMAGE, TEXT, DECODER, TOTAL = "image", "text", "decoder", "total"
-# The towers that are a module of the model. All else but the temperature belongs to the text.
-_MODULE_OF = {IMAGE: "visual", DECODER: "text_decoder"}
-_TEMPERATURE = ("logit_scale", "logit_bias")
+# Where a tower's parameters are; all others but the temperature's belong to the text.
+_OWNER = {"visual": IMAGE, "text_decoder": DECODER, "logit_scale": "logit_scale", "logit_bias": "logit_bias"}
 
 
 @dataclass(frozen=True)
@@ -70,67 +70,48 @@ def profile_model(config: ModelConfig, batch_size: int = 1) -> ModelProfile:
         model = build_model(config).eval()
         image = torch.zeros(batch_size, 3, *image_size)
         text = torch.zeros(batch_size, context_length, dtype=torch.int64)
-    counted = _count(model, image, text)
     parameters = count_parameters(model)
-    towers = tuple(
-        _cost(tower, parameters[tower], [counted[tower]]) for tower in (IMAGE, TEXT, DECODER) if parameters[tower]
-    )
-    total = _cost(TOTAL, parameters.total(), list(counted.values()))
+    counted = {IMAGE: _count(model.encode_image, image), TEXT: _count(model.encode_text, text)}
+    if parameters[DECODER]:
+        # It is what the whole model does beyond its two towers.
+        counted[DECODER] = _count(model, image, text) - counted[IMAGE] - counted[TEXT]
+    towers = tuple(_cost(tower, parameters[tower], found) for tower, found in counted.items())
+    total = _cost(TOTAL, parameters.total(), sum(counted.values(), Counter[str]()))
     return ModelProfile(config.name, image_size, context_length, batch_size, towers, total)
 
 
 def count_parameters(model: CLIP) -> Counter[str]:
-    """How many parameters each tower has; those of the temperature are under its own names."""
-    tower_of = {module: tower for tower, module in _MODULE_OF.items()} | {name: name for name in _TEMPERATURE}
+    """How many parameters each tower has; those of the temperature are under their own names."""
     numbers: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
-        numbers[tower_of.get(name.split(".")[0], TEXT)] += parameter.numel()
+        numbers[_OWNER.get(name.split(".")[0], TEXT)] += parameter.numel()
     return numbers
 
 
-def _cost(tower: str, parameters: int, counted: list[Counter[str]]) -> Cost:
-    added = sum(counted, Counter[str]())
-    return Cost(tower, parameters, added["macs"], added["activations"], added["attention_maps"])
+def _cost(tower: str, parameters: int, counted: Counter[str]) -> Cost:
+    return Cost(tower, parameters, counted["macs"], counted["activations"], counted["attention_maps"])
 
 
-def _count(model: CLIP, image: Tensor, text: Tensor) -> dict[str, Counter[str]]:
-    counting = _Counting()
-    for tower, name in _MODULE_OF.items():
-        if hasattr(model, name):
-            counting.watch(tower, getattr(model, name))
+def _count(run: Callable[..., Any], *inputs: Tensor) -> Counter[str]:
     # The plain formula of attention is one of matrix products; a fused call would hide them from the count.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counting:
-        model(image, text)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _Counting() as counting:
+        run(*inputs)
     return counting.counted
 
 
 class _Counting(TorchDispatchMode):
-    """Inside, each operation is counted for the tower that is running."""
+    """Inside, each operation is counted."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.counted: dict[str, Counter[str]] = {tower: Counter() for tower in (IMAGE, TEXT, DECODER)}
-        self._running = TEXT
-
-    def watch(self, tower: str, module: nn.Module) -> None:
-        """What runs inside `module` is counted for `tower`."""
-
-        def enter(*_: Any) -> None:
-            self._running = tower
-
-        def leave(*_: Any) -> None:
-            self._running = TEXT
-
-        module.register_forward_pre_hook(enter)
-        module.register_forward_hook(leave)
+        self.counted: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        counted = self.counted[self._running]
         if formula := flop_registry.get(func.overloadpacket):
-            counted["macs"] += formula(*args, **(kwargs or {}), out_val=out) // 2
-            counted["activations"] += out.numel()
+            self.counted["macs"] += formula(*args, **(kwargs or {}), out_val=out) // 2
+            self.counted["activations"] += out.numel()
         elif func.overloadpacket is torch.ops.aten._safe_softmax:
             # Of all softmaxes, only the plain formula of fused attention is this one; its input is the map.
-            counted["attention_maps"] += out.numel()
+            self.counted["attention_maps"] += out.numel()
         return out

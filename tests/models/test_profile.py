@@ -86,6 +86,15 @@ def test_an_attention_pool_costs_less_than_published_because_only_its_first_quer
     assert 2 * (_towers(name)[IMAGE].macs + spared) / 1e9 == pytest.approx(published, rel=1e-3)
 
 
+def test_a_decoder_costs_as_published_but_for_the_token_that_has_no_next() -> None:
+    """OpenCLIP decodes all 76 tokens of CoCa's texts for 37.58 GFLOPs, image tokens (256 of 768) included."""
+    tower = _towers("coca_ViT-L-14")[DECODER]
+    one_token = 12 * ((4 + 8) * 768**2 + (2 + 8) * 768**2 + 2 * 256 * 768) + 768 * 49408
+    attention = 12 * 2 * 768 * (76**2 - 75**2)
+    assert tower.parameters / 1e6 == pytest.approx(208.07, abs=0.01)
+    assert 2 * (tower.macs + one_token + attention) / 1e9 == pytest.approx(37.58, rel=1e-3)
+
+
 def test_a_vit_costs_what_its_formula_says_at_any_resolution_and_context() -> None:
     vision, text = load_model_config("tiny-test").vision_cfg, load_model_config("tiny-test").text_cfg
     towers = _towers("tiny-test", image_size=48, context_length=9)
