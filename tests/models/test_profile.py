@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from models import build_model, config_with, list_models, load_model_config
+from models import CLIP, TextPlan, build_model, config_with, list_models, load_model_config
 from models.profile import DECODER, IMAGE, TEXT, Cost, count_parameters, profile_model
 
 # Of OpenCLIP's model profile: millions of parameters (all, image tower), and forward GFLOPs, which are twice the
@@ -109,6 +110,21 @@ def test_a_vit_costs_what_its_formula_says_at_any_resolution_and_context() -> No
     text_macs = blocks(9, text.width, text.layers, text.mlp_ratio) + text.width * embed
     assert (towers[IMAGE].macs, towers[TEXT].macs) == (image_macs, text_macs)
     assert towers[TEXT].attention_maps == text.layers * text.heads * 9 * 9
+
+
+class _Asking(CLIP):
+    """A model that asks for a value where there are only shapes, as the text encoders of transformers do."""
+
+    def encode_text(self, tokens: Tensor, normalize: bool = False, plan: TextPlan | None = None) -> Tensor:
+        assert (tokens != 1).all()
+        return super().encode_text(tokens, normalize, plan)
+
+
+def test_a_tower_that_asks_whether_there_is_padding_hears_no(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_model_config("tiny-test")
+    expected = profile_model(config)
+    monkeypatch.setattr("models.profile.build_model", _Asking)
+    assert profile_model(config) == expected
 
 
 def test_a_batch_costs_as_much_as_its_samples() -> None:
