@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from models import CLIP, CheckpointError, ConfigError, ModelConfig, config_with, load_model_config
 from models.averaging import Average, Member, common_config
+from tests.helpers.process import ROOT, environment
 
 Build = Callable[[str | ModelConfig], CLIP]
 
@@ -145,6 +149,38 @@ def test_every_tensor_of_the_file_lies_on_a_multiple_of_its_item_size(build: Bui
     widths = {"F32": 4, "F16": 2, "I64": 8}
     assert {entry["dtype"] for entry in header.values()} == widths.keys()
     assert all((8 + size + entry["data_offsets"][0]) % widths[entry["dtype"]] == 0 for entry in header.values())
+
+
+_AVERAGE_OF_FIVE = """
+import os, sys, torch
+from pathlib import Path
+from models import build_model, load_model_config
+from models.averaging import Average, Member
+from models.weight_writer import TensorSpec, write_safetensors
+
+def peak_mib():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+
+folder, config = Path(sys.argv[1]), load_model_config("ViT-S-32-alt")
+with torch.device("meta"):
+    state = build_model(config).state_dict()
+specs = {key: TensorSpec(value.dtype, tuple(value.shape)) for key, value in state.items()}
+write_safetensors(folder / "0", specs, (torch.ones(spec.shape) for spec in specs.values()))
+for number in range(1, 5):
+    os.link(folder / "0", folder / str(number))
+before = peak_mib()
+Average(config, [Member(str(folder / str(number))) for number in range(5)], 2**20).write(folder / "mean")
+print(peak_mib() - before)
+"""
+
+
+@pytest.mark.slow
+def test_five_models_are_averaged_in_less_memory_than_one_takes(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _AVERAGE_OF_FIVE, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=True)
+    assert filecmp.cmp(tmp_path / "mean", tmp_path / "0", shallow=False)
+    one_model_mib = (tmp_path / "0").stat().st_size / 2**20
+    assert float(done.stdout) < one_model_mib / 2
 
 
 def test_another_architecture_is_refused_by_name_before_anything_is_read(
