@@ -45,6 +45,14 @@ def read_weights_and_notes(source: str) -> tuple[dict[str, Tensor], list[str]]:
     return _strip_wrappers(_extract(loaded, source))
 
 
+def is_mapped(source: str) -> bool:
+    """Whether reading `source` takes no memory before its tensors are used: a local file of any but the old format."""
+    if "://" in source:
+        return False
+    with _file_in(Path(source)).open("rb") as file:
+        return not file.read(len(_OLD_PYTORCH_HEAD)).startswith(_OLD_PYTORCH_HEAD)
+
+
 @contextmanager
 def _local_file(source: str) -> Iterator[Path]:
     """A local path with the content of `source`; a downloaded copy is gone afterwards, its mapping stays valid."""

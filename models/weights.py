@@ -12,7 +12,7 @@ from models.config import ModelConfig
 from models.errors import CheckpointError, ConfigError
 from models.positions import Resized, position_keys, resize_positions
 from models.registry import list_models, load_model_config
-from models.weight_files import read_weights_and_notes
+from models.weight_files import read_weights, read_weights_and_notes
 
 _TEXT_ROOTS = ("positional_embedding", "text_projection", "token_embedding", "transformer", "ln_final")
 # Bookkeeping, not weights: OpenAI's archives and older transformers releases store these as tensors.
@@ -71,6 +71,19 @@ def load_pretrained(model: CLIP, source: str) -> PretrainedReport:
         raise CheckpointError(_mismatch(model.config, source, difference, raw))
     model.load_state_dict(state, strict=True)
     return PretrainedReport(source, len(state), tuple(resized), tuple(notes + more_notes))
+
+
+def read_fitting(model: CLIP, source: str) -> dict[str, Tensor]:
+    """The weights at `source` under the names of `model`, which may be on the meta device; nothing is resized.
+
+    Raises CheckpointError with the first differences when keys or shapes are not the model's.
+    """
+    raw = read_weights(source)
+    state, _ = _adapt(model, raw)
+    difference = _compare(model, state)
+    if difference:
+        raise CheckpointError(_mismatch(model.config, source, difference, raw))
+    return state
 
 
 def _adapt(model: CLIP, raw: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

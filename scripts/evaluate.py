@@ -25,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             figures = evaluate_checkpoint(
                 args.checkpoint,
                 args.model,
-                EvalConfig(imagenet_val=args.imagenet_val, zeroshot_data=tuple(args.zeroshot_data)),
-                _data_config(args),
+                eval_config(args),
+                data_config(args),
                 world,
                 args.batch_size,
                 args.precision,
@@ -45,6 +45,14 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint", required=True, help="checkpoint folder, run folder (its newest), .safetensors, or OpenCLIP .pt")
     add("--model", help="name or configuration file; a checkpoint folder knows its own")
+    add_set_flags(parser)
+    add("--json", type=Path, help="also write the figures to this file")
+    return parser
+
+
+def add_set_flags(parser: argparse.ArgumentParser) -> None:
+    """What is scored on, and how; for other scripts that score too."""
+    add = parser.add_argument
     add("--zeroshot-data", nargs="+", default=[], metavar="NAME=FOLDER", help="sets in CLIP_benchmark's layout")
     add("--imagenet-val", help="ImageNet's validation set: one folder per WordNet id")
     add("--val-data", help="image-text pairs for retrieval: shards, a list or a folder")
@@ -57,11 +65,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--workers", type=int, default=4, help="decoding threads per rank")
     add("--precision", default="fp32", choices=("fp32", "amp_bfloat16", "amp_bf16"))
     add("--device", default="auto", choices=("auto", "cuda", "cpu"))
-    add("--json", type=Path, help="also write the figures to this file")
-    return parser
 
 
-def _data_config(args: argparse.Namespace) -> DataConfig:
+def eval_config(args: argparse.Namespace) -> EvalConfig:
+    """The labelled sets of `add_set_flags`."""
+    return EvalConfig(imagenet_val=args.imagenet_val, zeroshot_data=tuple(args.zeroshot_data))
+
+
+def data_config(args: argparse.Namespace) -> DataConfig:
+    """The pairs of `add_set_flags`."""
     return DataConfig(
         val_data=args.val_data,
         val_num_samples=args.val_num_samples,

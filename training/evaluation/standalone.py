@@ -5,12 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 import models
-from training.checkpoint import MODEL_CONFIG_FILE
+from training.checkpoint import CHECKPOINTS, MODEL_CONFIG_FILE
 from training.checkpoint_files import find_latest
 from training.config import DataConfig, EvalConfig
 from training.distributed import World
 from training.errors import CheckpointError, ConfigError
 from training.evaluation.evaluator import Evaluator
+
+
+def newest_of(checkpoint: str) -> str:
+    """The newest checkpoint of a run folder; what is none stays as it is. Raises CheckpointError for an empty run."""
+    checkpoints = Path(checkpoint) / CHECKPOINTS
+    if not checkpoints.is_dir():
+        return checkpoint
+    newest, _ = find_latest(checkpoints)
+    if newest is None:
+        raise CheckpointError(f"--checkpoint {checkpoint}: the run has no checkpoint yet")
+    return str(newest)
 
 
 def load_model(checkpoint: str, model: str | None, world: World) -> models.CLIP:
@@ -19,14 +30,8 @@ def load_model(checkpoint: str, model: str | None, world: World) -> models.CLIP:
     checkpoint: a checkpoint folder, which knows its model; a run folder, which means its newest checkpoint; or a
     weights file, which needs `model`. Raises ConfigError or CheckpointError.
     """
-    folder = Path(checkpoint)
-    if (folder / "checkpoints").is_dir():
-        newest, _ = find_latest(folder / "checkpoints")
-        if newest is None:
-            raise CheckpointError(f"--checkpoint {checkpoint}: the run has no checkpoint yet")
-        folder = newest
-        checkpoint = str(newest)
-    own_config = folder / MODEL_CONFIG_FILE
+    checkpoint = newest_of(checkpoint)
+    own_config = Path(checkpoint) / MODEL_CONFIG_FILE
     if model is None and not own_config.is_file():
         raise ConfigError(f"--checkpoint {checkpoint}: --model is needed, only a checkpoint folder knows its own")
     return models.create_model(model or str(own_config), checkpoint, device=world.device)
