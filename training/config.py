@@ -151,6 +151,14 @@ class OptimConfig:
     clip_grad_norm: float | None = option(None, "clip the global gradient norm to this", aliases=("--grad-clip-norm",))
     local_loss: bool = option(True, "stream this rank's rows over all columns; --no-local-loss is the dense reference")
     gather_with_grad: bool = option(True, "gradients flow through the gather; the loss is exact only so")
+    model_ema_samples: int | None = option(
+        None,
+        "keep a moving average of the weights, in which the share of older ones halves in so many samples; it is "
+        "evaluated and saved (ema.safetensors) beside the weights",
+    )
+    model_ema_rampup: float | None = option(
+        None, "with --model-ema-samples, shorten that to this share of the samples seen so far (e.g. 0.05)"
+    )
     siglip: bool = option(
         False, "SigLIP's sigmoid loss; the temperature starts at ln 10 and a bias of the logits at -10"
     )

@@ -40,6 +40,8 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
         "shuffle_budget_mib": config.data.shuffle_budget_mib,
         "save_frequency": config.run.save_frequency,
         "train_num_samples": config.data.train_num_samples,
+        "model_ema_samples": config.optim.model_ema_samples,
+        "model_ema_rampup": config.optim.model_ema_rampup,
         "clip_grad_norm": config.optim.clip_grad_norm,
         "save_every_n_steps": config.run.save_every_n_steps,
         "dry_run_world_size": config.run.dry_run_world_size,
@@ -122,6 +124,8 @@ def _fine_tuning(config: TrainConfig) -> Iterator[str]:
     for is_locked, is_given, flag, lock in companions:
         if is_given and not is_locked:
             yield f"{flag} needs {lock}"
+    if optim.model_ema_rampup is not None and optim.model_ema_samples is None:
+        yield "--model-ema-rampup needs --model-ema-samples: it shortens what that says"
     for name, decay in (("image", optim.image_layer_decay), ("text", optim.text_layer_decay)):
         if decay is not None and not 0 < decay <= 1:
             yield f"--{name}-layer-decay is a factor above 0 and at most 1, got {decay:g}"

@@ -20,8 +20,9 @@ from training.checkpoint import (
     load_checkpoint,
     load_optimizer_tensors,
 )
-from training.config import ModelConfig, TrainConfig, from_flat
+from training.config import ModelConfig, OptimConfig, TrainConfig, from_flat
 from training.distributed import World
+from training.ema import Ema
 from training.errors import ConfigError
 from training.losses.objective import build_objective
 from training.optimizer import build_optimizer, parameter_names
@@ -58,6 +59,7 @@ class Learner:
     wrapped: torch.nn.Module
     optimizer: torch.optim.AdamW
     loss_scale: LossScale | None
+    ema: Ema | None = None
 
 
 def resolve_model(config: TrainConfig) -> models.ModelConfig:
@@ -135,7 +137,22 @@ def build_learner(
     with world.collectively("loading the optimiser's state"):
         if loaded is not None:
             load_optimizer_tensors(optimizer, parameter_names(model), loaded.optimizer)
-    return Learner(model, wrapped, optimizer, _loss_scale(config, loaded, world))
+    ema = _build_ema(model, config.optim, loaded)
+    return Learner(model, wrapped, optimizer, _loss_scale(config, loaded, world), ema)
+
+
+def _build_ema(model: models.CLIP, optim: OptimConfig, loaded: LoadedCheckpoint | None) -> Ema | None:
+    """As the checkpoint left it; from the weights of now where it has none."""
+    if optim.model_ema_samples is None:
+        if loaded is not None and loaded.ema is not None:
+            log.warning("the checkpoint's averaged weights are left behind: there is no --model-ema-samples")
+        return None
+    ema = Ema(model, optim.model_ema_samples, optim.model_ema_rampup)
+    if loaded is not None and loaded.ema is not None:
+        ema.load(loaded.ema)
+    elif loaded is not None:
+        log.info("the checkpoint has no averaged weights: the average begins with its weights")
+    return ema
 
 
 def _lock_towers(model: models.CLIP, section: ModelConfig) -> None:
@@ -159,6 +176,8 @@ def restore(learner: Learner, loaded: LoadedCheckpoint) -> None:
     for name, tensor in learner.model.state_dict().items():  # Shares memory, so that shards stay where they are.
         copy_rows(tensor, loaded.model[name])
     load_optimizer_tensors(learner.optimizer, parameter_names(learner.model), loaded.optimizer)
+    if learner.ema is not None:
+        learner.ema.restart() if loaded.ema is None else learner.ema.load(loaded.ema)
     if learner.loss_scale is not None and "loss_scale" in loaded.state:
         learner.loss_scale.load_state_dict(loaded.state["loss_scale"])
 
@@ -276,6 +295,7 @@ def build_step(
         cut_padding=cut_padding,
         static_shapes=config.cluster.torchcompile,
         loss_scale=learner.loss_scale,
+        ema=learner.ema,
         witness=Witness(learner.wrapped, average_in_bf16 if config.cluster.grad_reduce_dtype == "bf16" else average),
     )
 
