@@ -76,10 +76,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, is_causal: bool = False, groups: Groups | None = None) -> Tensor:
         """[B,N,D], or with `groups` a line of tokens [T,D]; a token then sees those of its own row."""
-        stacked = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        stacked = self.stacked(x)
         if groups is None:
             return self.out_proj(_attend(stacked, self.heads, is_causal))
         return self.out_proj(_attend_in_groups(stacked, self.heads, is_causal, groups))
+
+    def stacked(self, x: Tensor) -> Tensor:
+        """[...,D] to query, key and value side by side [...,3D]."""
+        return F.linear(x, self.in_proj_weight, self.in_proj_bias)
 
 
 class Mlp(nn.Module):

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 EMA_FILE = "ema.safetensors"
+LORA_FILE = "lora.safetensors"
 STATE_FILE = "state.json"
 DATA_FILE = "data.json"
 CONFIG_FILE = "config.yaml"
@@ -341,6 +342,7 @@ class LoadedCheckpoint:
     config: dict[str, Any]
     model_config: dict[str, Any]
     ema: dict[str, Tensor] | None = None
+    lora: dict[str, Tensor] | None = None
 
 
 def load_checkpoint(folder: Path) -> LoadedCheckpoint:
@@ -357,10 +359,15 @@ def load_checkpoint(folder: Path) -> LoadedCheckpoint:
             state=state,
             config=yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8")),
             model_config=json.loads((folder / MODEL_CONFIG_FILE).read_text(encoding="utf-8")),
-            ema=load_file(folder / EMA_FILE) if (folder / EMA_FILE).exists() else None,
+            ema=_load_if_there(folder / EMA_FILE),
+            lora=_load_if_there(folder / LORA_FILE),
         )
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _load_if_there(path: Path) -> dict[str, Tensor] | None:
+    return load_file(path) if path.exists() else None
 
 
 __all__ = [

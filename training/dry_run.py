@@ -157,11 +157,12 @@ def _report(learner: Learner, measured: Measured, plan: Plan, settings: data.Loa
     optimizer = bytes_of(state.values())
     embed_dim = learner.model.config.embed_dim
     average = 0 if learner.ema is None else learner.ema.num_bytes
+    averaged = f"averaged weights {_mib(average)}, " if average else ""
     total = weights + gradients + optimizer + average + measured.peak_bytes
     yield (
         f"memory: {_mib(total)} in all: weights {_mib(weights)}, gradients {_mib(gradients)}, optimiser "
-        f"{_mib(optimizer)}, {f'averaged weights {_mib(average)}, ' if average else ''}activations and what lives for a moment {_mib(measured.peak_bytes)}, of which the loss "
-        f"may take {_mib(loss_bytes(plan, embed_dim))}"
+        f"{_mib(optimizer)}, {averaged}activations and what lives for a moment {_mib(measured.peak_bytes)}, of "
+        f"which the loss may take {_mib(loss_bytes(plan, embed_dim))}"
     )
     moved = ", ".join(f"{name} {calls} x, {_mib(size)}" for name, (calls, size) in measured.collectives.items())
     yield f"collectives of a step on a rank: {moved or 'none'}"

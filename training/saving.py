@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from data import Position
-from training.checkpoint import EMA_FILE, Checkpointer, Progress, epoch_name, optimizer_to_tensors, step_name
+from models.lora import adapter_state, is_adapted, merged_weights
+from training.checkpoint import EMA_FILE, LORA_FILE, Checkpointer, Progress, epoch_name, optimizer_to_tensors, step_name
 from training.config import RunConfig, TrainConfig, to_flat
 from training.distributed import World
 from training.ema import Ema
@@ -71,7 +72,7 @@ class Saver:
         further = self._further()
         with (
             self._world.collectively("saving a checkpoint"),
-            gathering(self._model.state_dict(), self._optimizer_state(), *further.values()) as whole,  # Collective:
+            gathering(merged_weights(self._model), self._optimizer_state(), *further.values()) as whole,  # Collective:
         ):
             if self._world.is_main:
                 weights, moments, *others = whole
@@ -87,7 +88,7 @@ class Saver:
     def reserve(self) -> None:
         """Take the host memory of a snapshot in the background, once the optimiser's state exists."""
         if self._world.is_main:
-            self._checkpointer.reserve(self._model.state_dict(), self._optimizer_state(), self._further())
+            self._checkpointer.reserve(merged_weights(self._model), self._optimizer_state(), self._further())
 
     def check(self) -> None:
         """Raise CheckpointWriteError on all ranks alike when a write behind the training has failed."""
@@ -99,7 +100,12 @@ class Saver:
 
     def _further(self) -> dict[str, Mapping[str, Tensor]]:
         """File name -> its tensors, beside weights and optimiser."""
-        return {} if self._ema is None else {EMA_FILE: self._ema.state()}
+        files: dict[str, Mapping[str, Tensor]] = {}
+        if self._ema is not None:
+            files[EMA_FILE] = self._ema.state()
+        if is_adapted(self._model):
+            files[LORA_FILE] = adapter_state(self._model)
+        return files
 
     def _loss_scale_state(self) -> dict[str, Any]:
         return {} if self._loss_scale is None else {"loss_scale": self._loss_scale.state_dict()}

@@ -11,6 +11,7 @@ import torch
 import data
 import models
 from models.locks import Lock, layer_scales, lock_towers
+from models.lora import Lora, adapt, load_adapter_state, plain_name
 from training.checkpoint import (
     LoadedCheckpoint,
     Pretrained,
@@ -20,6 +21,7 @@ from training.checkpoint import (
     load_checkpoint,
     load_optimizer_tensors,
 )
+from training.combinations import uses_lora
 from training.config import ModelConfig, OptimConfig, TrainConfig, from_flat
 from training.distributed import World
 from training.ema import Ema
@@ -125,12 +127,14 @@ def build_learner(
     torch.manual_seed(config.run.seed)
     model = models.build_model(model_config).to(world.device)
     _lock_towers(model, config.model)
+    if uses_lora(config.model):
+        _adapt(model, config.model, loaded)
     # Only rank 0 reads weights: wrapping the model sends them to the others.
     with world.collectively("loading weights"):
         if world.is_main and isinstance(start, Pretrained):
             _load_pretrained(model, start.source)
         if world.is_main and loaded is not None:
-            _load_resumed(model, loaded)
+            _load_resumed(model, loaded, config.model)
     wrapped = parallelize(model, config.model, config.cluster, world)  # Collective:
     scales = layer_scales(model, config.optim.image_layer_decay, config.optim.text_layer_decay)
     optimizer = build_optimizer(model, config.optim, model_config.name, model.no_weight_decay(), scales)
@@ -170,11 +174,29 @@ def _loss_scale(config: TrainConfig, loaded: LoadedCheckpoint | None, world: Wor
     return loss_scale
 
 
+def _adapt(model: models.CLIP, section: ModelConfig, loaded: LoadedCheckpoint | None) -> None:
+    """LoRA's adapters, as the checkpoint left them. Weights that were merged are then apart again."""
+    image, text = section.lora_image_rank, section.lora_text_rank
+    shared = section.lora_rank or 0
+    lora = Lora(
+        shared if image is None else image,
+        shared if text is None else text,
+        section.lora_alpha,
+        section.lora_target,
+        section.lora_train_projections,
+    )
+    for line in adapt(model, lora):
+        log.info("LoRA: %s", line)
+    if loaded is not None and loaded.lora is not None:
+        load_adapter_state(model, loaded.lora)
+
+
 @torch.no_grad()
 def restore(learner: Learner, loaded: LoadedCheckpoint) -> None:
     """Put a learner that is in use back into the state of `loaded`. Every rank reads what it holds for itself."""
     for name, tensor in learner.model.state_dict().items():  # Shares memory, so that shards stay where they are.
-        copy_rows(tensor, loaded.model[name])
+        apart = loaded.lora or {}
+        copy_rows(tensor, apart[name] if name in apart else loaded.model[plain_name(name)])
     load_optimizer_tensors(learner.optimizer, parameter_names(learner.model), loaded.optimizer)
     if learner.ema is not None:
         learner.ema.restart() if loaded.ema is None else learner.ema.load(loaded.ema)
@@ -187,7 +209,7 @@ def _load_pretrained(model: models.CLIP, source: str) -> None:
         log.info("%s", line)
 
 
-def _load_resumed(model: models.CLIP, loaded: LoadedCheckpoint) -> None:
+def _load_resumed(model: models.CLIP, loaded: LoadedCheckpoint, section: ModelConfig) -> None:
     """Strictly, without resizing: what resumes is the same model."""
     stored, own = loaded.model_config, model.config.to_dict()
     changed = [key for key in own if stored.get(key) != own[key]]
@@ -195,6 +217,12 @@ def _load_resumed(model: models.CLIP, loaded: LoadedCheckpoint) -> None:
         raise ConfigError(
             f"--resume {loaded.folder}: the checkpoint's model differs in {', '.join(changed)}; a resume never "
             "resizes. To start from its weights, use --pretrained and another --name"
+        )
+    if uses_lora(section) != (loaded.lora is not None):
+        has, needs = ("adapters", "needs --lora-rank") if loaded.lora else ("no adapters", "takes no --lora-rank")
+        raise ConfigError(
+            f"--resume {loaded.folder}: the checkpoint has {has}, so it {needs}. To start from its merged weights, use "
+            "--pretrained and another --name"
         )
     model.load_state_dict(loaded.model)
 

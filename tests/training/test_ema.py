@@ -100,9 +100,16 @@ def test_inside_the_model_computes_with_the_average_and_afterwards_with_its_weig
     move(model, 1)
     ema.update(DONE, 0, BATCH)
     average, weights = values(ema.state()), values(model.state_dict())
-    with pytest.raises(RuntimeError, match="stopped"), ema.in_place_of_weights():
-        assert_equal(values(model.state_dict()), average)
-        raise RuntimeError("stopped")
+    seen = {}
+
+    def look_and_stop() -> None:
+        with ema.in_place_of_weights():
+            seen.update(values(model.state_dict()))
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        look_and_stop()
+    assert_equal(seen, average)
     assert_equal(model.state_dict(), weights)
     assert_equal(ema.state(), average)
 
