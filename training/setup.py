@@ -127,14 +127,16 @@ def build_learner(
     torch.manual_seed(config.run.seed)
     model = models.build_model(model_config).to(world.device)
     _lock_towers(model, config.model)
-    if uses_lora(config.model):
-        _adapt(model, config.model, loaded)
     # Only rank 0 reads weights: wrapping the model sends them to the others.
     with world.collectively("loading weights"):
         if world.is_main and isinstance(start, Pretrained):
             _load_pretrained(model, start.source)
         if world.is_main and loaded is not None:
             _load_resumed(model, loaded, config.model)
+    if uses_lora(config.model):
+        # Order matters: weights are loaded under their plain names.
+        with world.collectively("--lora-rank"):
+            _adapt(model, config.model, loaded)
     wrapped = parallelize(model, config.model, config.cluster, world)  # Collective:
     scales = layer_scales(model, config.optim.image_layer_decay, config.optim.text_layer_decay)
     optimizer = build_optimizer(model, config.optim, model_config.name, model.no_weight_decay(), scales)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -15,7 +16,12 @@ import models
 from scripts.evaluate import main as evaluate
 from tests.helpers.gloo import run_ranks
 from tests.helpers.shards import write_shards
+from training.checkpoint import load_checkpoint
+from training.cli import parse_args
+from training.distributed import World
 from training.main import main
+from training.setup import build_learner, resolve_model, restore
+from training.start import Fresh
 
 HALF_LIFE, BATCH, STEPS = 24, 8, 4
 EMA = ("--model-ema-samples", str(HALF_LIFE))
@@ -127,6 +133,32 @@ def test_a_resume_of_a_checkpoint_without_an_average_begins_one_with_its_weights
     for name, value in tensors(tmp_path, "step_000000003").items():
         expected = decay * old[name].double() + (1 - decay) * new[name].double()
         torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_a_learner_in_use_goes_back_to_a_checkpoint_with_its_average(
+    whole: Path, shards: str, tmp_path: Path, averaged: bool
+) -> None:
+    config = parse_args(flags(whole, shards, *EMA))
+    learner = build_learner(config, resolve_model(config), Fresh("test"), None, World())
+    loaded = load_checkpoint(whole / "run" / "checkpoints" / "epoch_1")
+    restore(learner, loaded if averaged else dataclasses.replace(loaded, ema=None))
+    expected = tensors(whole, file="ema.safetensors" if averaged else "model.safetensors")
+    assert learner.ema is not None
+    assert all(torch.equal(value, expected[name]) for name, value in learner.ema.state().items())
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (("--model-ema-samples", "0"), "--model-ema-samples must be positive, got 0"),
+        (("--model-ema-rampup", "0.05"), "--model-ema-rampup needs --model-ema-samples"),
+        ((*EMA, "--model-ema-rampup", "0"), "--model-ema-rampup must be positive, got 0"),
+    ],
+)
+def test_a_half_life_that_means_nothing_is_refused(more: tuple[str, ...], reason: str) -> None:
+    with pytest.raises(models.ConfigError, match=reason):
+        parse_args(["--train-data", "a.tar", *more])
 
 
 def on_rank(arguments: list[str]) -> int:
