@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,8 @@ from training.main import main
 from training.setup import build_learner, resolve_model, restore
 from training.start import Fresh
 
-HALF_LIFE, BATCH, STEPS = 24, 8, 4
+HALF_LIFE, BATCH = 24, 8
+CHECKPOINTS = [f"epoch_{step // 4}" if step % 4 == 0 else f"step_{step:09d}" for step in range(1, 9)]
 EMA = ("--model-ema-samples", str(HALF_LIFE))
 
 
@@ -35,16 +35,16 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def flags(logs: Path, data: str, *more: str) -> list[str]:
-    """An epoch of four steps, whose end is evaluated; a checkpoint after each."""
+    """Two epochs of four steps, whose ends are evaluated; a checkpoint after each step."""
     return [
         *("--model", "tiny-test", "--precision", "fp32", "--device", "cpu", "--batch-size", str(BATCH)),
-        *("--workers", "0", "--epochs", "1", "--warmup", "0", "--lr", "1e-3", "--log-every-n-steps", "1"),
+        *("--workers", "0", "--epochs", "2", "--warmup", "0", "--lr", "1e-3", "--log-every-n-steps", "1"),
         *("--progress", "lines", "--save-every-n-steps", "1", "--keep-last", "9", "--eps", "1e-3"),
         *("--train-data", data, "--val-data", data, "--logs", str(logs), "--name", "run", *more),
     ]
 
 
-def tensors(logs: Path, checkpoint: str = "epoch_1", file: str = "ema.safetensors") -> dict[str, Tensor]:
+def tensors(logs: Path, checkpoint: str = "epoch_2", file: str = "ema.safetensors") -> dict[str, Tensor]:
     return load_file(logs / "run" / "checkpoints" / checkpoint / file)
 
 
@@ -63,8 +63,8 @@ def whole(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_saved_average_is_that_of_the_saved_weights(whole: Path) -> None:
     decay = 0.5 ** (BATCH / HALF_LIFE)
-    average = {name: value.double() for name, value in tensors(whole, "step_000000001").items()}
-    for checkpoint in ("step_000000002", "step_000000003", "epoch_1"):
+    average = {name: value.double() for name, value in tensors(whole, CHECKPOINTS[0]).items()}
+    for checkpoint in CHECKPOINTS[1:]:
         for name, weight in tensors(whole, checkpoint, "model.safetensors").items():
             average[name] = decay * average[name] + (1 - decay) * weight.double()
     for name, value in tensors(whole).items():
@@ -76,7 +76,7 @@ def test_the_average_is_evaluated_beside_the_weights(whole: Path, tmp_path: Path
     averaged = {f"val/{name.removeprefix('val/ema/')}" for name in trained if name.startswith("val/ema/")}
     assert averaged == {name for name in trained if not name.startswith("val/ema/")}
     assert trained["val/ema/clip_val_loss"] != trained["val/clip_val_loss"]
-    checkpoint = whole / "run" / "checkpoints" / "epoch_1"
+    checkpoint = whole / "run" / "checkpoints" / "epoch_2"
     for arguments in (
         ["--checkpoint", str(checkpoint), "--ema"],
         ["--checkpoint", str(checkpoint / "ema.safetensors")],
@@ -97,7 +97,7 @@ def test_a_checkpoint_without_an_average_is_refused_by_name(
 
 
 def test_the_average_is_loaded_as_weights(whole: Path) -> None:
-    path = whole / "run" / "checkpoints" / "epoch_1" / "ema.safetensors"
+    path = whole / "run" / "checkpoints" / "epoch_2" / "ema.safetensors"
     model = models.create_model("tiny-test", pretrained=str(path))
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in tensors(whole).items())
 
@@ -117,7 +117,7 @@ def test_a_resumed_run_has_the_average_of_the_uninterrupted_one_bitwise(
     log = (tmp_path / "run" / "train.log").read_text()
     if not resumed:
         assert "the checkpoint's averaged weights are left behind: there is no --model-ema-samples" in log
-        assert not (tmp_path / "run" / "checkpoints" / "epoch_1" / "ema.safetensors").exists()
+        assert not (tmp_path / "run" / "checkpoints" / "epoch_2" / "ema.safetensors").exists()
         return
     ours, theirs = tensors(tmp_path), tensors(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -141,7 +141,7 @@ def test_a_learner_in_use_goes_back_to_a_checkpoint_with_its_average(
 ) -> None:
     config = parse_args(flags(whole, shards, *EMA))
     learner = build_learner(config, resolve_model(config), Fresh("test"), None, World())
-    loaded = load_checkpoint(whole / "run" / "checkpoints" / "epoch_1")
+    loaded = load_checkpoint(whole / "run" / "checkpoints" / "epoch_2")
     restore(learner, loaded if averaged else dataclasses.replace(loaded, ema=None))
     expected = tensors(whole, file="ema.safetensors" if averaged else "model.safetensors")
     assert learner.ema is not None
@@ -167,24 +167,14 @@ def on_rank(arguments: list[str]) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrapper", [(), ("--fsdp",), ("--accum-freq", "2")])
-def test_two_ranks_keep_the_average_of_one_process(shards: str, tmp_path: Path, wrapper: tuple[str, ...]) -> None:
-    runs = {}
-    for ranks in (1, 2):
-        logs = tmp_path / str(ranks)
-        rows = BATCH // ranks // (2 if "--accum-freq" in wrapper else 1)
-        arguments = flags(logs, shards, *EMA, *(wrapper if ranks > 1 else ()), "--batch-size", str(rows))
-        arguments += [] if ranks > 1 or rows == BATCH else ["--accum-freq", "2"]
-        assert run_ranks(on_rank, ranks, arguments, timeout_s=200) == [0] * ranks
-        runs[ranks] = tensors(logs), figures(logs)
-    for name, value in runs[1][0].items():
-        torch.testing.assert_close(runs[2][0][name], value, rtol=1e-3, atol=1e-5)
-    assert runs[2][1] == pytest.approx(runs[1][1], rel=1e-4)
-    resumed = tmp_path / "resumed"
-    shutil.copytree(tmp_path / "2", resumed)
-    for later in ("epoch_1", "step_000000003"):
-        shutil.rmtree(resumed / "run" / "checkpoints" / later)
-    rows = str(BATCH // 2 // (2 if "--accum-freq" in wrapper else 1))
-    arguments = flags(resumed, shards, *EMA, *wrapper, "--batch-size", rows, "--resume", "latest")
-    assert run_ranks(on_rank, 2, arguments, timeout_s=200) == [0] * 2
-    assert all(torch.equal(value, tensors(tmp_path / "2")[name]) for name, value in tensors(resumed).items())
+@pytest.mark.parametrize("how", [("--fsdp",), ("--accum-freq", "2")])
+def test_two_ranks_that_stop_and_go_on_keep_the_average_of_one_process(
+    whole: Path, shards: str, tmp_path: Path, how: tuple[str, ...]
+) -> None:
+    rows = BATCH // 2 // (2 if "--accum-freq" in how else 1)
+    command = flags(tmp_path, shards, *EMA, *how, "--batch-size", str(rows))
+    assert run_ranks(on_rank, 2, [*command, "--stop-after-steps", "5"], timeout_s=200) == [75] * 2
+    assert run_ranks(on_rank, 2, [*command, "--resume", "latest"], timeout_s=200) == [0] * 2
+    for name, value in tensors(whole).items():
+        torch.testing.assert_close(tensors(tmp_path)[name], value, rtol=1e-3, atol=1e-5)
+    assert figures(tmp_path) == pytest.approx(figures(whole), rel=1e-4)
