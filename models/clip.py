@@ -70,7 +70,7 @@ class CLIP(TextLayers):
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """Normalised pixels [B,3,S,S] to features [B,E], of length 1 and fp32 if `normalize`."""
         features = self.visual(image)
-        return _unit_length(features) if normalize else features
+        return unit_length(features) if normalize else features
 
     def encode_text(self, tokens: Tensor, normalize: bool = False, plan: TextPlan | None = None) -> Tensor:
         """Token ids [B,L] to features [B,E], of length 1 and fp32 if `normalize`.
@@ -79,7 +79,7 @@ class CLIP(TextLayers):
         With the plan that `text_tower.plan_text` made of these tokens, the tower runs without their padding.
         """
         features = self.text_tower.text_features(tokens, plan)
-        return _unit_length(features) if normalize else features
+        return unit_length(features) if normalize else features
 
     @property
     def text_tower(self) -> TextLayers:
@@ -126,7 +126,8 @@ def _build_visual(config: ModelConfig) -> ImageTower:
     return VisionTransformer(vision, config.embed_dim, config.quick_gelu)
 
 
-def _unit_length(features: Tensor) -> Tensor:
+def unit_length(features: Tensor) -> Tensor:
+    """Features [B,E] divided by their lengths, in fp32 unless they are more precise."""
     return F.normalize(features if features.dtype == torch.float64 else features.float(), dim=-1)
 
 
@@ -134,8 +135,7 @@ def _refuse_unsupported(config: ModelConfig) -> None:
     text = config.text_cfg
     if text.hf_model_name:
         raise ConfigError(f"text_cfg.hf_model_name: Hugging Face text towers ({text.hf_model_name}) are not supported")
-    _refuse("vision_cfg", config.vision_cfg, VisionConfig(), ("attentional_pool", "output_tokens", "pos_embed_type"))
-    _refuse("text_cfg", text, TextConfig(), ("embed_cls", "output_tokens"))
+    _refuse("vision_cfg", config.vision_cfg, VisionConfig(), ("pos_embed_type",))
     custom = (
         "block_type",
         "qk_norm",
@@ -147,6 +147,8 @@ def _refuse_unsupported(config: ModelConfig) -> None:
     )
     _refuse("vision_cfg", config.vision_cfg, VisionConfig(), custom)
     _refuse("text_cfg", text, TextConfig(), custom)
+    if isinstance(config.vision_cfg.attentional_pool, str):
+        raise ConfigError("vision_cfg.attentional_pool: true is supported, no other way of pooling by attention is")
     _one_of("vision_cfg.pool_type", config.vision_cfg.pool_type, ("tok", "avg"))
     _one_of("text_cfg.pool_type", text.pool_type, ("argmax", "first", "last", "eos"))
     _one_of("text_cfg.proj_type", text.proj_type, ("linear", "none"))

@@ -173,6 +173,8 @@ class OptimConfig:
     siglip: bool = option(
         False, "SigLIP's sigmoid loss; the temperature starts at ln 10 and a bias of the logits at -10"
     )
+    coca_caption_loss_weight: float = option(2.0, "weight of the caption loss of a CoCa model")
+    coca_contrastive_loss_weight: float = option(1.0, "weight of the contrastive loss of a CoCa model")
     loss_dist_impl: str | None = option(
         None,
         "no effect: the same loss by other exchanges between ranks",

@@ -65,9 +65,9 @@ class Learner:
 
 
 def resolve_model(config: TrainConfig) -> models.ModelConfig:
-    """The model's configuration with every override of the command line in it."""
+    """The model's configuration with every override of the command line in it. Raises ConfigError."""
     section, image = config.model, config.image
-    return models.config_with(
+    resolved = models.config_with(
         models.load_model_config(section.model),
         image_size=section.force_image_size,
         context_length=section.force_context_length,
@@ -80,6 +80,19 @@ def resolve_model(config: TrainConfig) -> models.ModelConfig:
         init_logit_scale=SIGLIP_LOG_SCALE if config.optim.siglip else None,
         init_logit_bias=SIGLIP_BIAS if config.optim.siglip else None,
     )
+    if resolved.multimodal_cfg is not None:
+        _check_captioning(config)
+    return resolved
+
+
+def _check_captioning(config: TrainConfig) -> None:
+    if config.optim.accum_freq > 1:
+        raise ConfigError(
+            f"--accum-freq with {config.model.model} is refused: accumulation keeps the outputs of all micro-batches, "
+            "and a decoder's logits are as wide as the vocabulary; use --grad-checkpointing or --fsdp to save memory"
+        )
+    if config.model.distill_model is not None:
+        raise ConfigError(f"--distill-model with {config.model.model} is refused: a teacher has no captions")
 
 
 def cuts_padding(choice: str, model_config: models.ModelConfig) -> bool:
@@ -126,7 +139,7 @@ def build_learner(
     """Model and optimiser in their start state, equal on all ranks."""
     torch.manual_seed(config.run.seed)
     model = models.build_model(model_config).to(world.device)
-    _lock_towers(model, config.model)
+    lock_as_told(model, config.model)
     # Only rank 0 reads weights: wrapping the model sends them to the others.
     with world.collectively("loading weights"):
         if world.is_main and isinstance(start, Pretrained):
@@ -161,7 +174,7 @@ def _build_ema(model: models.CLIP, optim: OptimConfig, loaded: LoadedCheckpoint 
     return ema
 
 
-def _lock_towers(model: models.CLIP, section: ModelConfig) -> None:
+def lock_as_told(model: models.CLIP, section: ModelConfig) -> None:
     """What --lock-image and --lock-text and their companions say."""
     image = Lock(section.lock_image_unlocked_groups, section.lock_image_freeze_bn_stats)
     text = Lock(section.lock_text_unlocked_layers, freeze_norms=section.lock_text_freeze_layer_norm)
@@ -320,7 +333,11 @@ def build_step(
         precision=config.model.precision,
         accum_steps=config.optim.accum_freq,
         clip_grad_norm=config.optim.clip_grad_norm,
-        objective=build_objective(config.optim, has_teacher=teacher is not None),
+        objective=build_objective(
+            config.optim,
+            has_teacher=teacher is not None,
+            caption_pad_id=None if model_config.multimodal_cfg is None else model_config.text_cfg.pad_id,
+        ),
         teacher=build_teacher(config.model, teacher, world),
         cut_padding=cut_padding,
         static_shapes=config.cluster.torchcompile,

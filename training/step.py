@@ -118,6 +118,8 @@ class TrainStep:
         plan = self._text_plan(batch.host_tokens) if self.cut_padding else None
         with autocast(self.precision, self.world.device):
             features = Features(*(through or self.model)(images, batch.tokens, plan))
+            if features.caption_logits is not None:
+                return replace(features, tokens=batch.tokens)
             if self.teacher is None or not taught:
                 return features
             with torch.no_grad():

@@ -13,7 +13,7 @@ from training.config import OptimConfig
 from training.optimizer import adamw_settings, build_optimizer, describe_optimizer, is_decayed
 
 # Native towers of every size, and ConvNeXts.
-CONFIGS = [name for name in models.list_models() if re.match(r"tiny|RN|convnext|ViT-\w+-\d\d$", name)]
+CONFIGS = [name for name in models.list_models() if re.match(r"tiny|RN|convnext|coca_ViT|ViT-\w+-\d\d$", name)]
 # One of each other trunk.
 OTHERS = (
     "ViT-B-16-SigLIP",
@@ -36,7 +36,9 @@ GROUPS = [
     (r"(text\.|visual\.|visual\.attnpool\.)?positional_embedding", False),
     (r"visual\.class_embedding", False),
     (r"visual\.trunk\.(pos_embed|cls_token|reg_token)", False),
-    (r".*\b(ln_1|ln_2|ln_pre|ln_post|ln_final)\.weight", False),
+    (r".*\b(ln_1|ln_2|ln_1_kv|ln_q|ln_k|ln_pre|ln_post|ln_final)\.weight", False),
+    (r"visual\.attn_pool\.query|text\.cls_emb", False),
+    (r".*\.[qkv]_proj_weight", True),
     (r".*\.bn\d\.weight|visual\.layer\d\.\d\.downsample\.1\.weight", False),
     (r"visual\.trunk\..*\b(norm\d?|fc_norm)\.weight", False),
     (r"visual\.trunk\.(stem\.1|stages\.\d\.downsample\.0)\.weight", False),  # norms
@@ -46,7 +48,7 @@ GROUPS = [
     (r".*\.in_proj_weight|.*\.out_proj\.weight|.*\.[qkvc]_proj\.weight", True),
     (r".*\.(c_fc|fc1|fc2)\.weight", True),
     (r"(text\.)?token_embedding\.weight", True),
-    (r"visual\.proj|(text\.)?text_projection(\.weight)?", True),
+    (r"visual\.proj|(text\.|text_decoder\.)?text_projection(\.weight)?", True),
 ]
 
 
