@@ -34,6 +34,7 @@ class Lora:
 
     targets: patterns for the ends of module names; every linear layer of the towers' blocks if there are none.
     train_projections: the towers' projections into the shared space are trained whole.
+    A decoder beside the towers stays frozen.
     """
 
     image_rank: int

@@ -148,6 +148,12 @@ def test_a_learner_in_use_goes_back_to_a_checkpoint_with_its_average(
     assert all(torch.equal(value, expected[name]) for name, value in learner.ema.state().items())
 
 
+def test_a_dry_run_counts_the_average(shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = sum(parameter.nbytes for parameter in models.create_model("tiny-test").parameters())
+    assert main(flags(tmp_path, shards, *EMA, "--dry-run")) == 0
+    assert f"averaged weights {size / 2**20:,.1f} MiB" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
