@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.training.test_update import HostSyncs
+from tests.training.test_update import HostSyncs, batch_of, step_of
 from training import ema as ema_module
 from training.ema import Ema, ema_weight
 
@@ -84,6 +85,28 @@ def test_an_update_that_was_left_out_leaves_the_average_bitwise_as_it_was() -> N
     before = values(ema.state())
     move(model, 2)
     ema.update(LEFT_OUT, BATCH, BATCH)
+    assert_equal(ema.state(), before)
+
+
+def test_a_step_takes_its_weights_in_and_a_rehearsed_one_does_not() -> None:
+    step = step_of("tiny-test")
+    ema = Ema(step.model, HALF_LIFE)
+    step = dataclasses.replace(step, ema=ema)
+    before = values(ema.state())
+    step.rehearse(batch_of(step))
+    assert_equal(ema.state(), before)
+    step(batch_of(step), 1, 1e-3)
+    assert not torch.equal(ema.state()["visual.proj"], before["visual.proj"])
+
+
+def test_a_gradient_that_is_not_finite_leaves_weights_and_average_as_they_were() -> None:
+    step = step_of("tiny-test")
+    ema = Ema(step.model, HALF_LIFE)
+    step = dataclasses.replace(step, ema=ema)
+    step(batch_of(step), 1, 1e-3)
+    before = values(ema.state())
+    step.transform.scale.fill_(torch.nan)
+    assert float(step(batch_of(step), 2, 1e-3).left_out) == 1
     assert_equal(ema.state(), before)
 
 
