@@ -81,10 +81,14 @@ class Attention(nn.Module):
 
         mask: bool, broadcast to [B,H,N,N], true where a token is seen; instead of `is_causal`.
         """
-        stacked = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        stacked = self.stacked(x)
         if groups is None:
             return self.out_proj(_attend(stacked, self.heads, is_causal, mask))
         return self.out_proj(_attend_in_groups(stacked, self.heads, is_causal, groups))
+
+    def stacked(self, x: Tensor) -> Tensor:
+        """[...,D] to query, key and value side by side [...,3D]."""
+        return F.linear(x, self.in_proj_weight, self.in_proj_bias)
 
 
 class CrossAttention(Attention):

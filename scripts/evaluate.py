@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 world,
                 args.batch_size,
                 args.precision,
+                args.ema,
             )
             _report(figures, args.json, world)
     except UserError as error:
@@ -45,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint", required=True, help="checkpoint folder, run folder (its newest), .safetensors, or OpenCLIP .pt")
     add("--model", help="name or configuration file; a checkpoint folder knows its own")
+    add("--ema", action="store_true", help="the moving average of the weights that the checkpoint holds")
     add_set_flags(parser)
     add("--json", type=Path, help="also write the figures to this file")
     return parser

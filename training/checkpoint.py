@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
+EMA_FILE = "ema.safetensors"
+LORA_FILE = "lora.safetensors"
 STATE_FILE = "state.json"
 DATA_FILE = "data.json"
 CONFIG_FILE = "config.yaml"
@@ -104,14 +106,19 @@ class Checkpointer:
         if world.is_main:
             _prepare(directory)
 
-    def reserve(self, model_state: Mapping[str, Tensor], optimizer_state: OptimizerState) -> None:
+    def reserve(
+        self,
+        model_state: Mapping[str, Tensor],
+        optimizer_state: OptimizerState,
+        further: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> None:
         """Allocate the host memory of a snapshot in the background, so that the first save need not.
 
         To be called after the first optimiser step, when the optimiser's state exists. Reads only shapes.
         """
         if self._world.is_main:
             self.wait()
-            files = _tensor_files(model_state, optimizer_state)
+            files = _tensor_files(model_state, optimizer_state, further)
             self._in_background(lambda: self._host.reserve(files), "reserve memory for checkpoints")
 
     def save(
@@ -125,10 +132,12 @@ class Checkpointer:
         config: Mapping[str, Any],
         model_config: Mapping[str, Any],
         extra: Mapping[str, Any] | None = None,
+        further: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
         """Copy the state to host memory, then write `directory/name` behind the caller's back.
 
-        model_state: full weights under OpenCLIP's names, on any device; both states are gone through once, in order.
+        model_state: full weights under OpenCLIP's names, on any device. further: file name -> tensors, such as the
+        averaged weights. All states are gone through once, in order.
         data_position, config (flat), model_config, extra: what JSON can hold; `extra` joins the state (e.g.
         `wandb_run_id`). Waits for the previous write first. The tensors may change as soon as this returns.
         """
@@ -136,7 +145,7 @@ class Checkpointer:
             return
         self.wait()
         started = time.perf_counter()
-        tensors = self._host.copy(_tensor_files(model_state, optimizer_state))
+        tensors = self._host.copy(_tensor_files(model_state, optimizer_state, further))
         documents = _documents(progress, data_position, config, model_config, extra or {}, self._world.size)
         stall = time.perf_counter() - started
         self._in_background(
@@ -276,9 +285,11 @@ def _prepare(directory: Path) -> None:
 
 
 def _tensor_files(
-    model_state: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]
+    model_state: Mapping[str, Tensor],
+    optimizer_state: Mapping[str, Tensor],
+    further: Mapping[str, Mapping[str, Tensor]] | None,
 ) -> dict[str, Mapping[str, Tensor]]:
-    return {MODEL_FILE: model_state, OPTIMIZER_FILE: optimizer_state}
+    return {MODEL_FILE: model_state, OPTIMIZER_FILE: optimizer_state, **(further or {})}
 
 
 def _documents(
@@ -330,6 +341,8 @@ class LoadedCheckpoint:
     state: dict[str, Any]
     config: dict[str, Any]
     model_config: dict[str, Any]
+    ema: dict[str, Tensor] | None = None
+    lora: dict[str, Tensor] | None = None
 
 
 def load_checkpoint(folder: Path) -> LoadedCheckpoint:
@@ -346,9 +359,15 @@ def load_checkpoint(folder: Path) -> LoadedCheckpoint:
             state=state,
             config=yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8")),
             model_config=json.loads((folder / MODEL_CONFIG_FILE).read_text(encoding="utf-8")),
+            ema=_load_if_there(folder / EMA_FILE),
+            lora=_load_if_there(folder / LORA_FILE),
         )
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _load_if_there(path: Path) -> dict[str, Tensor] | None:
+    return load_file(path) if path.exists() else None
 
 
 __all__ = [

@@ -7,12 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from training.config import TrainConfig
+from training.config import ModelConfig, TrainConfig
 
 # OpenCLIP's values of --precision that keep the weights themselves in sixteen bits.
 _WITHOUT_MASTERS = ("bf16", "fp16", "pure_bf16", "pure_fp16")
 
 Rule = tuple[Callable[[TrainConfig], bool], str]
+
+
+def uses_lora(model: ModelConfig) -> bool:
+    """Whether any tower gets adapters."""
+    return any(rank for rank in (model.lora_rank, model.lora_image_rank, model.lora_text_rank))
+
 
 REFUSED: tuple[Rule, ...] = (
     (
@@ -50,6 +56,22 @@ REFUSED: tuple[Rule, ...] = (
     (
         lambda c: c.optim.siglip and c.model.distill_model is not None,
         "--siglip with --distill-model is refused: what is distilled are softmaxes, which a sigmoid loss has not",
+    ),
+    (
+        lambda c: uses_lora(c.model) and c.cluster.fsdp,
+        "--lora-rank with --fsdp is refused: a checkpoint holds adapters and weights as one, for which each matrix "
+        "must be whole where its adapter is; adapters have so few gradients and moments that DDP holds little else "
+        "than the weights; leave out --fsdp",
+    ),
+    (
+        lambda c: uses_lora(c.model) and c.optim.model_ema_samples is not None,
+        "--lora-rank with --model-ema-samples is refused: the average of an adapter's two factors is not the factors "
+        "of the average; leave out one of the two",
+    ),
+    (
+        lambda c: uses_lora(c.model) and (c.model.lock_image or c.model.lock_text),
+        "--lora-rank with --lock-image or --lock-text is refused: LoRA freezes both towers already; a tower without "
+        "adapters is --lora-image-rank 0 or --lora-text-rank 0",
     ),
     (
         lambda c: c.model.precision in _WITHOUT_MASTERS,

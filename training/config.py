@@ -119,6 +119,17 @@ class ModelConfig:
     lock_text_freeze_layer_norm: bool = option(
         True, "--lock-text locks layer norms too; --no-lock-text-freeze-layer-norm trains all of the text tower's"
     )
+    lora_rank: int | None = option(
+        None,
+        "train low-rank adapters of both towers' blocks only (LoRA, extra 'lora'); saved weights have them merged in",
+    )
+    lora_image_rank: int | None = option(None, "the rank in the image tower, instead of --lora-rank; 0 freezes it")
+    lora_text_rank: int | None = option(None, "the rank in the text tower, instead of --lora-rank; 0 freezes it")
+    lora_alpha: float | None = option(None, "adapters are scaled by this over their rank; by 1 if absent")
+    lora_target: tuple[str, ...] = option(
+        (), "layers to adapt, by patterns for ends of names (in_proj, 'mlp.*', qkv); all linear ones of the blocks"
+    )
+    lora_train_projections: bool = option(False, "with LoRA, also train the towers' projections, whole")
     distill_model: str | None = option(None, "teacher whose similarities are distilled, as --model names it")
     distill_pretrained: str | None = option(None, "the teacher's weights, in the forms of --pretrained")
 
@@ -151,6 +162,14 @@ class OptimConfig:
     clip_grad_norm: float | None = option(None, "clip the global gradient norm to this", aliases=("--grad-clip-norm",))
     local_loss: bool = option(True, "stream this rank's rows over all columns; --no-local-loss is the dense reference")
     gather_with_grad: bool = option(True, "gradients flow through the gather; the loss is exact only so")
+    model_ema_samples: int | None = option(
+        None,
+        "keep a moving average of the weights, in which the share of older ones halves in so many samples; it is "
+        "evaluated and saved (ema.safetensors) beside the weights",
+    )
+    model_ema_rampup: float | None = option(
+        None, "with --model-ema-samples, shorten that to this share of the samples seen so far (e.g. 0.05)"
+    )
     siglip: bool = option(
         False, "SigLIP's sigmoid loss; the temperature starts at ln 10 and a bias of the logits at -10"
     )

@@ -156,19 +156,22 @@ def _report(learner: Learner, measured: Measured, plan: Plan, settings: data.Loa
     state = optimizer_to_tensors(learner.optimizer, parameter_names(learner.model))
     optimizer = bytes_of(state.values())
     embed_dim = learner.model.config.embed_dim
-    total = weights + gradients + optimizer + measured.peak_bytes
+    average = 0 if learner.ema is None else learner.ema.num_bytes
+    averaged = f"averaged weights {_mib(average)}, " if average else ""
+    total = weights + gradients + optimizer + average + measured.peak_bytes
     yield (
         f"memory: {_mib(total)} in all: weights {_mib(weights)}, gradients {_mib(gradients)}, optimiser "
-        f"{_mib(optimizer)}, activations and what lives for a moment {_mib(measured.peak_bytes)}, of which the loss "
-        f"may take {_mib(loss_bytes(plan, embed_dim))}"
+        f"{_mib(optimizer)}, {averaged}activations and what lives for a moment {_mib(measured.peak_bytes)}, of "
+        f"which the loss may take {_mib(loss_bytes(plan, embed_dim))}"
     )
     moved = ", ".join(f"{name} {calls} x, {_mib(size)}" for name, (calls, size) in measured.collectives.items())
     yield f"collectives of a step on a rank: {moved or 'none'}"
     streams = lanes_per_rank(settings.batch_size) * settings.streams_per_lane * plan.world_size
     position = streams * _CURSOR_BYTES
+    saved = weights + optimizer + (0 if learner.ema is None else bytes_of(learner.ema.state().values()))
     yield (
-        f"checkpoint: {_mib(weights + optimizer + position)} on disk ({_mib(position)} of it the data position of "
-        f"{streams} streams), {_mib(weights + optimizer)} of host memory on rank 0"
+        f"checkpoint: {_mib(saved + position)} on disk ({_mib(position)} of it the data position of "
+        f"{streams} streams), {_mib(saved)} of host memory on rank 0"
     )
     yield f"the step took {measured.seconds:.1f} s here, which says nothing about another machine"
 

@@ -55,6 +55,19 @@ def build_evaluator(facts: Facts, preemption: Preemption) -> Evaluator:
     )
 
 
+def evaluate_learner(evaluator: Evaluator, learner: Learner, epoch: int, is_last: bool) -> dict[str, float] | None:
+    """The due figures of the weights and, under `val/ema/`, of their average. None when stopped. Collective."""
+    figures = evaluator.evaluate(learner.wrapped, epoch=epoch, is_last=is_last)
+    if not figures or learner.ema is None:
+        return figures
+    log.info("the same of the averaged weights:")
+    with learner.ema.in_place_of_weights():
+        averaged = evaluator.evaluate(learner.wrapped, epoch=epoch, is_last=is_last)
+    if averaged is None:
+        return None
+    return figures | {name.replace("val/", "val/ema/", 1): value for name, value in averaged.items()}
+
+
 def evaluation_missing(facts: Facts, evaluator: Evaluator) -> bool:
     """True when the start is the end of an epoch whose evaluation was cut off."""
     step, plan = facts.progress.step, facts.plan
@@ -146,10 +159,11 @@ def open_job(
             *(checkpointer, learner.model, learner.optimizer, config, plan, world, extra),
             loss_scale=learner.loss_scale,
             start_step=step,
+            ema=learner.ema,
         )
 
         def evaluate(done: int) -> bool:
-            figures = evaluator.evaluate(learner.wrapped, epoch=plan.epoch_of(done), is_last=done >= plan.total_steps)
+            figures = evaluate_learner(evaluator, learner, plan.epoch_of(done), done >= plan.total_steps)
             reporter.evaluation(done, figures or {})
             return figures is not None
 

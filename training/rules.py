@@ -8,8 +8,8 @@ from data.captions import CaptionConfig
 from data.errors import DataConfigError
 from data.where import Where
 from models.errors import ConfigError
-from training.combinations import refusals
-from training.config import TrainConfig
+from training.combinations import refusals, uses_lora
+from training.config import ModelConfig, TrainConfig
 
 
 def check_config(config: TrainConfig) -> None:
@@ -40,6 +40,8 @@ def _numbers(config: TrainConfig) -> Iterator[str]:
         "shuffle_budget_mib": config.data.shuffle_budget_mib,
         "save_frequency": config.run.save_frequency,
         "train_num_samples": config.data.train_num_samples,
+        "model_ema_samples": config.optim.model_ema_samples,
+        "model_ema_rampup": config.optim.model_ema_rampup,
         "clip_grad_norm": config.optim.clip_grad_norm,
         "save_every_n_steps": config.run.save_every_n_steps,
         "dry_run_world_size": config.run.dry_run_world_size,
@@ -105,6 +107,27 @@ def _refused(build: Callable[[], object]) -> Iterator[str]:
         yield str(error)
 
 
+def _lora(model: ModelConfig) -> Iterator[str]:
+    ranks = {
+        "lora-rank": model.lora_rank,
+        "lora-image-rank": model.lora_image_rank,
+        "lora-text-rank": model.lora_text_rank,
+    }
+    for name, rank in ranks.items():
+        if rank is not None and rank < (name == "lora-rank"):
+            yield f"--{name} must {'be positive' if name == 'lora-rank' else 'not be negative'}, got {rank}"
+    if model.lora_alpha is not None and model.lora_alpha <= 0:
+        yield f"--lora-alpha must be positive, got {model.lora_alpha:g}"
+    companions = {
+        "--lora-alpha": model.lora_alpha is not None,
+        "--lora-target": bool(model.lora_target),
+        "--lora-train-projections": model.lora_train_projections,
+    }
+    for flag, is_given in companions.items():
+        if is_given and not uses_lora(model):
+            yield f"{flag} needs --lora-rank, --lora-image-rank or --lora-text-rank"
+
+
 def _fine_tuning(config: TrainConfig) -> Iterator[str]:
     model, optim = config.model, config.optim
     for name, count in (
@@ -122,6 +145,9 @@ def _fine_tuning(config: TrainConfig) -> Iterator[str]:
     for is_locked, is_given, flag, lock in companions:
         if is_given and not is_locked:
             yield f"{flag} needs {lock}"
+    if optim.model_ema_rampup is not None and optim.model_ema_samples is None:
+        yield "--model-ema-rampup needs --model-ema-samples: it shortens what that says"
+    yield from _lora(model)
     for name, decay in (("image", optim.image_layer_decay), ("text", optim.text_layer_decay)):
         if decay is not None and not 0 < decay <= 1:
             yield f"--{name}-layer-decay is a factor above 0 and at most 1, got {decay:g}"

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from data import Position
-from training.checkpoint import Checkpointer, Progress, epoch_name, optimizer_to_tensors, step_name
+from models.lora import adapter_state, is_adapted, merged_weights
+from training.checkpoint import EMA_FILE, LORA_FILE, Checkpointer, Progress, epoch_name, optimizer_to_tensors, step_name
 from training.config import RunConfig, TrainConfig, to_flat
 from training.distributed import World
+from training.ema import Ema
 from training.feed import Feed
 from training.optimizer import parameter_names
 from training.parallel import unwrap
@@ -39,6 +41,7 @@ class Saver:
         extra: dict[str, Any],
         loss_scale: LossScale | None = None,
         start_step: int = -1,
+        ema: Ema | None = None,
     ):
         """start_step: its state is not saved again. The same command finds it, or makes it anew."""
         self._checkpointer = checkpointer
@@ -51,6 +54,7 @@ class Saver:
         self._world = world
         self._extra = extra
         self._loss_scale = loss_scale
+        self._ema = ema
         self._last_step = start_step
 
     def save(self, done: int, feed: Feed) -> None:
@@ -65,12 +69,15 @@ class Saver:
     def _save(self, done: int, feed: Feed) -> None:
         positions, counts = feed.positions(), feed.counts()  # Collective:
         self.finish()
+        further = self._further()
         with (
             self._world.collectively("saving a checkpoint"),
-            gathering(self._model.state_dict(), self._optimizer_state()) as (weights, moments),  # Collective:
+            gathering(merged_weights(self._model), self._optimizer_state(), *further.values()) as whole,  # Collective:
         ):
             if self._world.is_main:
-                self._write(done, weights, moments, Position.merge(positions).to_json(), counts)
+                weights, moments, *others = whole
+                files = dict(zip(further, others, strict=True))
+                self._write(done, weights, moments, files, Position.merge(positions).to_json(), counts)
 
     def save_again(self, done: int, feed: Feed, facts: dict[str, Any]) -> None:
         """Write the state after `done` steps in place of an earlier one; all later states hold `facts` too."""
@@ -81,7 +88,7 @@ class Saver:
     def reserve(self) -> None:
         """Take the host memory of a snapshot in the background, once the optimiser's state exists."""
         if self._world.is_main:
-            self._checkpointer.reserve(self._model.state_dict(), self._optimizer_state())
+            self._checkpointer.reserve(merged_weights(self._model), self._optimizer_state(), self._further())
 
     def check(self) -> None:
         """Raise CheckpointWriteError on all ranks alike when a write behind the training has failed."""
@@ -91,6 +98,15 @@ class Saver:
     def _optimizer_state(self) -> dict[str, torch.Tensor]:
         return optimizer_to_tensors(self._optimizer, self._names)
 
+    def _further(self) -> dict[str, Mapping[str, Tensor]]:
+        """File name -> its tensors, beside weights and optimiser."""
+        files: dict[str, Mapping[str, Tensor]] = {}
+        if self._ema is not None:
+            files[EMA_FILE] = self._ema.state()
+        if is_adapted(self._model):
+            files[LORA_FILE] = adapter_state(self._model)
+        return files
+
     def _loss_scale_state(self) -> dict[str, Any]:
         return {} if self._loss_scale is None else {"loss_scale": self._loss_scale.state_dict()}
 
@@ -99,6 +115,7 @@ class Saver:
         done: int,
         weights: Mapping[str, Tensor],
         moments: Mapping[str, Tensor],
+        further: Mapping[str, Mapping[str, Tensor]],
         position: Any,
         counts: dict[str, int],
     ) -> None:
@@ -112,6 +129,7 @@ class Saver:
             config=to_flat(self._config),
             model_config=self._model.config.to_dict(),
             extra=self._extra | {"counts": counts} | self._loss_scale_state(),
+            further=further,
         )
 
     def _name(self, done: int, epoch: int) -> str:

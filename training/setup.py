@@ -11,6 +11,7 @@ import torch
 import data
 import models
 from models.locks import Lock, layer_scales, lock_towers
+from models.lora import Lora, adapt, load_adapter_state, plain_name
 from training.checkpoint import (
     LoadedCheckpoint,
     Pretrained,
@@ -20,8 +21,10 @@ from training.checkpoint import (
     load_checkpoint,
     load_optimizer_tensors,
 )
-from training.config import ModelConfig, TrainConfig, from_flat
+from training.combinations import uses_lora
+from training.config import ModelConfig, OptimConfig, TrainConfig, from_flat
 from training.distributed import World
+from training.ema import Ema
 from training.errors import ConfigError
 from training.losses.objective import build_objective
 from training.optimizer import build_optimizer, parameter_names
@@ -58,6 +61,7 @@ class Learner:
     wrapped: torch.nn.Module
     optimizer: torch.optim.AdamW
     loss_scale: LossScale | None
+    ema: Ema | None = None
 
 
 def resolve_model(config: TrainConfig) -> models.ModelConfig:
@@ -141,14 +145,33 @@ def build_learner(
         if world.is_main and isinstance(start, Pretrained):
             _load_pretrained(model, start.source)
         if world.is_main and loaded is not None:
-            _load_resumed(model, loaded)
+            _load_resumed(model, loaded, config.model)
+    if uses_lora(config.model):
+        # Order matters: weights are loaded under their plain names.
+        with world.collectively("--lora-rank"):
+            _adapt(model, config.model, loaded)
     wrapped = parallelize(model, config.model, config.cluster, world)  # Collective:
     scales = layer_scales(model, config.optim.image_layer_decay, config.optim.text_layer_decay)
     optimizer = build_optimizer(model, config.optim, model_config.name, model.no_weight_decay(), scales)
     with world.collectively("loading the optimiser's state"):
         if loaded is not None:
             load_optimizer_tensors(optimizer, parameter_names(model), loaded.optimizer)
-    return Learner(model, wrapped, optimizer, _loss_scale(config, loaded, world))
+    ema = _build_ema(model, config.optim, loaded)
+    return Learner(model, wrapped, optimizer, _loss_scale(config, loaded, world), ema)
+
+
+def _build_ema(model: models.CLIP, optim: OptimConfig, loaded: LoadedCheckpoint | None) -> Ema | None:
+    """As the checkpoint left it; from the weights of now where it has none."""
+    if optim.model_ema_samples is None:
+        if loaded is not None and loaded.ema is not None:
+            log.warning("the checkpoint's averaged weights are left behind: there is no --model-ema-samples")
+        return None
+    ema = Ema(model, optim.model_ema_samples, optim.model_ema_rampup)
+    if loaded is not None and loaded.ema is not None:
+        ema.load(loaded.ema)
+    elif loaded is not None:
+        log.info("the checkpoint has no averaged weights: the average begins with its weights")
+    return ema
 
 
 def lock_as_told(model: models.CLIP, section: ModelConfig) -> None:
@@ -166,12 +189,32 @@ def _loss_scale(config: TrainConfig, loaded: LoadedCheckpoint | None, world: Wor
     return loss_scale
 
 
+def _adapt(model: models.CLIP, section: ModelConfig, loaded: LoadedCheckpoint | None) -> None:
+    """LoRA's adapters, as the checkpoint left them. Weights that were merged are then apart again."""
+    image, text = section.lora_image_rank, section.lora_text_rank
+    shared = section.lora_rank or 0
+    lora = Lora(
+        shared if image is None else image,
+        shared if text is None else text,
+        section.lora_alpha,
+        section.lora_target,
+        section.lora_train_projections,
+    )
+    for line in adapt(model, lora):
+        log.info("LoRA: %s", line)
+    if loaded is not None and loaded.lora is not None:
+        load_adapter_state(model, loaded.lora)
+
+
 @torch.no_grad()
 def restore(learner: Learner, loaded: LoadedCheckpoint) -> None:
     """Put a learner that is in use back into the state of `loaded`. Every rank reads what it holds for itself."""
     for name, tensor in learner.model.state_dict().items():  # Shares memory, so that shards stay where they are.
-        copy_rows(tensor, loaded.model[name])
+        apart = loaded.lora or {}
+        copy_rows(tensor, apart[name] if name in apart else loaded.model[plain_name(name)])
     load_optimizer_tensors(learner.optimizer, parameter_names(learner.model), loaded.optimizer)
+    if learner.ema is not None:
+        learner.ema.restart() if loaded.ema is None else learner.ema.load(loaded.ema)
     if learner.loss_scale is not None and "loss_scale" in loaded.state:
         learner.loss_scale.load_state_dict(loaded.state["loss_scale"])
 
@@ -181,7 +224,7 @@ def _load_pretrained(model: models.CLIP, source: str) -> None:
         log.info("%s", line)
 
 
-def _load_resumed(model: models.CLIP, loaded: LoadedCheckpoint) -> None:
+def _load_resumed(model: models.CLIP, loaded: LoadedCheckpoint, section: ModelConfig) -> None:
     """Strictly, without resizing: what resumes is the same model."""
     stored, own = loaded.model_config, model.config.to_dict()
     changed = [key for key in own if stored.get(key) != own[key]]
@@ -189,6 +232,12 @@ def _load_resumed(model: models.CLIP, loaded: LoadedCheckpoint) -> None:
         raise ConfigError(
             f"--resume {loaded.folder}: the checkpoint's model differs in {', '.join(changed)}; a resume never "
             "resizes. To start from its weights, use --pretrained and another --name"
+        )
+    if uses_lora(section) != (loaded.lora is not None):
+        has, needs = ("adapters", "needs --lora-rank") if loaded.lora else ("no adapters", "takes no --lora-rank")
+        raise ConfigError(
+            f"--resume {loaded.folder}: the checkpoint has {has}, so it {needs}. To start from its merged weights, use "
+            "--pretrained and another --name"
         )
     model.load_state_dict(loaded.model)
 
@@ -293,6 +342,7 @@ def build_step(
         cut_padding=cut_padding,
         static_shapes=config.cluster.torchcompile,
         loss_scale=learner.loss_scale,
+        ema=learner.ema,
         witness=Witness(learner.wrapped, average_in_bf16 if config.cluster.grad_reduce_dtype == "bf16" else average),
     )
 

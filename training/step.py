@@ -23,6 +23,7 @@ from models import TextPlan
 from models.resnet import frozen_batch_statistics
 from models.row_draws import row_keys
 from training.distributed import World
+from training.ema import Ema
 from training.losses import Features, Losses, Objective
 from training.losses.objective import joined
 from training.parallel import unwrap, without_sync
@@ -51,11 +52,16 @@ class TrainStep:
     static_shapes: bool = False  # towers are compiled for few lengths
     loss_scale: LossScale | None = None
     witness: Witness = field(default_factory=Witness)
+    ema: Ema | None = None
 
     def __call__(self, batch: Batch, step: int, rate: float) -> StepResult:
         """Update the parameters with this rank's `batch` of micro_batch x accum_steps rows."""
         self.world.pulse.enter("step", step + 1)
-        return self._update(self._gradients(batch, step), rate)
+        result = self._update(self._gradients(batch, step), rate)
+        if self.ema is not None:
+            samples = len(batch) * self.world.size
+            self.ema.update(result.left_out, step * samples, samples)
+        return result
 
     def rehearse(self, batch: Batch) -> None:
         """All of a step, whose update is then left out like that of a loss that is not finite."""

@@ -36,6 +36,7 @@ class StepResult:
     scale: Tensor  # exponential of the temperature's logarithm, 0-D
     skipped: Tensor  # 1.0 when loss or gradient was not finite and nothing was updated, 0-D; equal on all ranks
     own: Sighting  # what this rank alone saw
+    left_out: Tensor  # 1.0 when nothing was updated, be it to find the loss scale, 0-D; equal on all ranks
 
 
 @torch.no_grad()
@@ -75,7 +76,7 @@ def update(
     log_scale = unwrap(model).logit_scale
     log_scale.clamp_(0, MAX_LOG_SCALE)
     parts = dict(zip(losses, means, strict=True))
-    return StepResult(mean_loss, parts, grad_norm, log_scale.detach().exp(), skipped.float(), own)
+    return StepResult(mean_loss, parts, grad_norm, log_scale.detach().exp(), skipped.float(), own, bad.float())
 
 
 def _reduced(losses: Tensor, parameters: Sequence[Tensor], world: World) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -57,15 +58,16 @@ def test_a_weights_file_needs_its_model_and_gives_the_same_figures(checkpoint: P
     ("flags", "message"),
     [
         (("--checkpoint", "{folder}"), "nothing to evaluate: give --zeroshot-data, --imagenet-val or --val-data"),
-        (("--checkpoint", "{folder}/model.safetensors", "--val-data", "x.tar"), "--model is needed"),
+        (("--checkpoint", "{alone}", "--val-data", "x.tar"), "--model is needed"),
         (("--checkpoint", "{folder}", "--val-data", "nowhere.tar"), "nowhere.tar"),
         (("--checkpoint", "{folder}", "--zeroshot-data", "a=nowhere"), "there is no folder nowhere"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
-    checkpoint: Path, flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, flags: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert evaluate.main([flag.format(folder=checkpoint) for flag in flags] + [*QUICK]) == 2
+    alone = shutil.copy(checkpoint / "model.safetensors", tmp_path)
+    assert evaluate.main([flag.format(folder=checkpoint, alone=alone) for flag in flags] + [*QUICK]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1

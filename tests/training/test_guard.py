@@ -31,9 +31,8 @@ class Steps:
         for number, kind in enumerate(outcomes, 1):
             value = torch.tensor(1.0 if kind == "g" else NAN)
             bad_rows = torch.tensor([False, False, kind == "f", False])
-            result = StepResult(
-                value, {}, value, torch.tensor(1.0), torch.tensor(float(kind != "g")), Sighting(bad_rows, None)
-            )
+            skipped = torch.tensor(float(kind != "g"))
+            result = StepResult(value, {}, value, torch.tensor(1.0), skipped, Sighting(bad_rows, None), skipped)
             keys = [f"{number}-{row}" for row in range(4)]
             batch = Batch(
                 torch.zeros(4, 3, 2, 2), torch.zeros(4, 1), {}, keys, ["a.tar", "a.tar", "pipe:cat b", "c.tar"]

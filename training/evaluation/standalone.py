@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import models
-from training.checkpoint import CHECKPOINTS, MODEL_CONFIG_FILE
+from training.checkpoint import CHECKPOINTS, EMA_FILE, MODEL_CONFIG_FILE
 from training.checkpoint_files import find_latest
 from training.config import DataConfig, EvalConfig
 from training.distributed import World
@@ -24,17 +24,33 @@ def newest_of(checkpoint: str) -> str:
     return str(newest)
 
 
-def load_model(checkpoint: str, model: str | None, world: World) -> models.CLIP:
-    """The model of a checkpoint, on the rank's device.
+def find_model(checkpoint: str, model: str | None, averaged: bool = False) -> tuple[str, str]:
+    """The model's name or configuration file, and where its weights are; reads no weights.
 
     checkpoint: a checkpoint folder, which knows its model; a run folder, which means its newest checkpoint; or a
-    weights file, which needs `model`. Raises ConfigError or CheckpointError.
+    weights file, which needs `model` unless it lies in a checkpoint folder. averaged: the folder's moving average of
+    the weights instead. Raises ConfigError or CheckpointError.
     """
     checkpoint = newest_of(checkpoint)
-    own_config = Path(checkpoint) / MODEL_CONFIG_FILE
+    folder = Path(checkpoint)
+    own_config = (folder.parent if folder.is_file() else folder) / MODEL_CONFIG_FILE
+    if averaged:
+        checkpoint = _average_in(folder)
     if model is None and not own_config.is_file():
         raise ConfigError(f"--checkpoint {checkpoint}: --model is needed, only a checkpoint folder knows its own")
-    return models.create_model(model or str(own_config), checkpoint, device=world.device)
+    return model or str(own_config), checkpoint
+
+
+def load_model(checkpoint: str, model: str | None, world: World, averaged: bool = False) -> models.CLIP:
+    """What `find_model` finds, on the rank's device. Raises ConfigError or CheckpointError."""
+    name, weights = find_model(checkpoint, model, averaged)
+    return models.create_model(name, weights, device=world.device)
+
+
+def _average_in(folder: Path) -> str:
+    if not (folder / EMA_FILE).is_file():
+        raise ConfigError(f"--ema: {folder} has no {EMA_FILE}; a run with --model-ema-samples saves one")
+    return str(folder / EMA_FILE)
 
 
 def evaluate_checkpoint(
@@ -45,6 +61,7 @@ def evaluate_checkpoint(
     world: World,
     batch_size: int = 64,
     precision: str = "fp32",
+    averaged: bool = False,
 ) -> dict[str, float]:
     """The figures of all sets, under their names in `metrics.jsonl`; the same on every rank. Collective.
 
@@ -53,7 +70,7 @@ def evaluate_checkpoint(
     if not (sets.zeroshot_data or sets.imagenet_val or data.val_data):
         raise ConfigError("nothing to evaluate: give --zeroshot-data, --imagenet-val or --val-data")
     with world.collectively(f"--checkpoint {checkpoint}"):
-        clip = load_model(checkpoint, model, world)
+        clip = load_model(checkpoint, model, world, averaged)
     evaluator = Evaluator(
         sets,
         data,
