@@ -6,7 +6,7 @@ from collections import OrderedDict
 from typing import Any
 
 import timm
-from timm.layers import AttentionPool2d, Mlp, RotAttentionPool2d, resample_abs_pos_embed
+from timm.layers import AttentionPool2d, Mlp, RotAttentionPool2d, resample_abs_pos_embed, resize_rel_pos_bias_table
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
@@ -64,6 +64,13 @@ class TimmTower(nn.Module):
         """The trunk's position embedding, taken from another grid, by timm's own interpolation."""
         grid = list(self.grid_size or old_grid)
         return resample_abs_pos_embed(positions_1ND, grid, list(old_grid), self.num_prefix_positions)
+
+    def resample_bias_table(self, module: str, table: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Relative position biases of another window, fitted to that of the trunk's `module`; and that window."""
+        attention: Any = self.trunk.get_submodule(module)
+        window: tuple[int, int] = tuple(attention.window_size)
+        shape = attention.relative_position_bias_table.shape
+        return resize_rel_pos_bias_table(table, new_window_size=window, new_bias_shape=shape), window
 
     @property
     def num_prefix_positions(self) -> int:
