@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import models
-from training.checkpoint import MODEL_CONFIG_FILE
+from training.checkpoint import MODEL_CONFIG_FILE, verify_weights
 from training.checkpoint_files import find_latest
 from training.config import DataConfig, EvalConfig
 from training.distributed import World
@@ -29,6 +29,7 @@ def load_model(checkpoint: str, model: str | None, world: World) -> models.CLIP:
     own_config = folder / MODEL_CONFIG_FILE
     if model is None and not own_config.is_file():
         raise ConfigError(f"--checkpoint {checkpoint}: --model is needed, only a checkpoint folder knows its own")
+    verify_weights(checkpoint)
     return models.create_model(model or str(own_config), checkpoint, device=world.device)
 
 
