@@ -116,6 +116,9 @@ def _load(path: Path, source: str) -> Any:
         raise CheckpointError(f"{source} is a Git LFS pointer, not the weights: fetch them with git lfs pull")
     if head[8:9] == b"{":
         return _load_safetensors(path, source, size)
+    if path.suffix == ".safetensors":
+        # torch.load would read it by its name, and say of it what it says of a damaged one.
+        raise CheckpointError(f"{source} is refused: {path.name} is no safetensors file (it begins with {head[:8]!r})")
     if source.endswith(".npz"):
         raise CheckpointError(f"{source} is a NumPy archive (big_vision's form), which is not read: {_NPZ_ADVICE}")
     is_zip = head.startswith(b"PK\x03\x04")
