@@ -8,6 +8,7 @@ L text tokens, D tower width, E embedding size, H heads, K head size, V vocabula
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -49,6 +50,7 @@ class CLIP(TextLayers):
         else:
             self.add_text_layers(config.text_cfg, config.embed_dim, config.quick_gelu)
         self.row_draws = draw_by_rows(self)
+        self._frozen_statistics: list[nn.Module] = []
 
     def forward(
         self, image: Tensor | None = None, text: Tensor | None = None, text_plan: TextPlan | None = None
@@ -68,7 +70,7 @@ class CLIP(TextLayers):
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """Normalised pixels [B,3,S,S] to features [B,E], of length 1 and fp32 if `normalize`."""
         features = self.visual(image)
-        return _unit_length(features) if normalize else features
+        return unit_length(features) if normalize else features
 
     def encode_text(self, tokens: Tensor, normalize: bool = False, plan: TextPlan | None = None) -> Tensor:
         """Token ids [B,L] to features [B,E], of length 1 and fp32 if `normalize`.
@@ -77,7 +79,7 @@ class CLIP(TextLayers):
         With the plan that `text_tower.plan_text` made of these tokens, the tower runs without their padding.
         """
         features = self.text_tower.text_features(tokens, plan)
-        return _unit_length(features) if normalize else features
+        return unit_length(features) if normalize else features
 
     @property
     def text_tower(self) -> TextLayers:
@@ -88,6 +90,17 @@ class CLIP(TextLayers):
         """Recomputes each block of both towers in the backward pass instead of keeping its activations."""
         self.visual.set_grad_checkpointing(enable)
         self.text_tower.transformer.grad_checkpointing = enable
+
+    def freeze_statistics(self, norms: Iterable[nn.Module]) -> None:
+        """Batch norms that from now on stay in evaluation mode, whatever the model's mode is."""
+        self._frozen_statistics += norms
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> CLIP:
+        super().train(mode)
+        for norm in self._frozen_statistics:
+            norm.eval()
+        return self
 
     def blocks(self) -> list[nn.Module]:
         """The repeated blocks of both towers, image first: the units to compile, shard and recompute."""
@@ -113,7 +126,8 @@ def _build_visual(config: ModelConfig) -> ImageTower:
     return VisionTransformer(vision, config.embed_dim, config.quick_gelu)
 
 
-def _unit_length(features: Tensor) -> Tensor:
+def unit_length(features: Tensor) -> Tensor:
+    """Features [B,E] divided by their lengths, in fp32 unless they are more precise."""
     return F.normalize(features if features.dtype == torch.float64 else features.float(), dim=-1)
 
 
@@ -121,8 +135,7 @@ def _refuse_unsupported(config: ModelConfig) -> None:
     text = config.text_cfg
     if text.hf_model_name:
         raise ConfigError(f"text_cfg.hf_model_name: Hugging Face text towers ({text.hf_model_name}) are not supported")
-    _refuse("vision_cfg", config.vision_cfg, VisionConfig(), ("attentional_pool", "output_tokens", "pos_embed_type"))
-    _refuse("text_cfg", text, TextConfig(), ("embed_cls", "output_tokens"))
+    _refuse("vision_cfg", config.vision_cfg, VisionConfig(), ("pos_embed_type",))
     custom = (
         "block_type",
         "qk_norm",
@@ -134,6 +147,8 @@ def _refuse_unsupported(config: ModelConfig) -> None:
     )
     _refuse("vision_cfg", config.vision_cfg, VisionConfig(), custom)
     _refuse("text_cfg", text, TextConfig(), custom)
+    if isinstance(config.vision_cfg.attentional_pool, str):
+        raise ConfigError("vision_cfg.attentional_pool: true is supported, no other way of pooling by attention is")
     _one_of("vision_cfg.pool_type", config.vision_cfg.pool_type, ("tok", "avg"))
     _one_of("text_cfg.pool_type", text.pool_type, ("argmax", "first", "last", "eos"))
     _one_of("text_cfg.proj_type", text.proj_type, ("linear", "none"))

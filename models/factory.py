@@ -23,6 +23,10 @@ def build_model(config: ModelConfig) -> CLIP:
     It is made on torch's default device, so `with torch.device("meta")` gives shapes without memory.
     Raises ConfigError.
     """
+    if config.multimodal_cfg is not None:
+        from models.coca import CoCa
+
+        return CoCa(config)
     return CLIP(config)
 
 

@@ -17,6 +17,15 @@ from models.registry import list_models, load_model_config
 State = Mapping[str, Tensor]
 Adapt = Callable[[CLIP, dict[str, Tensor]], dict[str, Tensor]]
 _NUM_SHOWN = 5
+# Where the families of timm's trunks keep their first block, by the beginning of a name.
+_FIRST_BLOCKS = {
+    "vitamin": "patch_embed.backbone.",
+    "fastvit": "stem.0.",
+    "convnext": "stages.0.blocks.0.conv_dw.",
+    "swin": "layers.0.blocks.0.",
+    "eva": "blocks.0.",
+    "vit": "blocks.0.",
+}
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,20 @@ def _fits(config: ModelConfig, raw: dict[str, Tensor], adapt: Adapt) -> bool:
 
 def _may_fit(config: ModelConfig, raw: State) -> bool:
     """What a few keys and shapes say, which is cheaper than building towers."""
-    return _text_may_fit(config.text_cfg, raw) and _vision_may_fit(config.vision_cfg, raw)
+    has_decoder = any(key.startswith("text_decoder.") for key in raw)
+    return (
+        has_decoder == (config.multimodal_cfg is not None)
+        and _projection_may_fit(config, raw)
+        and _text_may_fit(config.text_cfg, raw)
+        and _vision_may_fit(config.vision_cfg, raw)
+    )
+
+
+def _projection_may_fit(config: ModelConfig, raw: State) -> bool:
+    for key in ("text_projection", "text.text_projection"):
+        if key in raw and not config.text_cfg.hf_model_name:
+            return tuple(raw[key].shape) == (config.text_cfg.width, config.embed_dim)
+    return True
 
 
 def _text_may_fit(text: TextConfig, raw: State) -> bool:
@@ -114,7 +136,9 @@ def _text_may_fit(text: TextConfig, raw: State) -> bool:
 
 def _vision_may_fit(vision: VisionConfig, raw: State) -> bool:
     if vision.timm_model_name:
-        return any(key.startswith("visual.trunk.") for key in raw)
+        family = next((name for name in _FIRST_BLOCKS if vision.timm_model_name.startswith(name)), None)
+        block = f"visual.trunk.{_FIRST_BLOCKS.get(family or '', '')}"
+        return any(key.startswith(block) for key in raw)
     stem = raw.get("visual.conv1.weight")
     if stem is None:
         return False

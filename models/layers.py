@@ -74,12 +74,32 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, is_causal: bool = False, groups: Groups | None = None) -> Tensor:
-        """[B,N,D], or with `groups` a line of tokens [T,D]; a token then sees those of its own row."""
+    def forward(
+        self, x: Tensor, is_causal: bool = False, groups: Groups | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """[B,N,D], or with `groups` a line of tokens [T,D]; a token then sees those of its own row.
+
+        mask: bool, broadcast to [B,H,N,N], true where a token is seen; instead of `is_causal`.
+        """
         stacked = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         if groups is None:
-            return self.out_proj(_attend(stacked, self.heads, is_causal))
+            return self.out_proj(_attend(stacked, self.heads, is_causal, mask))
         return self.out_proj(_attend_in_groups(stacked, self.heads, is_causal, groups))
+
+
+class CrossAttention(Attention):
+    """Attention from one sequence to another of the same width, with the parameters of self-attention."""
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:  # type: ignore[override]
+        """[B,L,D] looking at [B,N,D]."""
+        width = x.shape[-1]
+        query = F.linear(x, self.in_proj_weight[:width], self.in_proj_bias[:width])
+        stacked = F.linear(context, self.in_proj_weight[width:], self.in_proj_bias[width:])
+        query, key, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, *stacked.chunk(2, dim=-1))
+        )
+        mixed_BHLK = F.scaled_dot_product_attention(query, key, value)
+        return self.out_proj(mixed_BHLK.transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -115,9 +135,38 @@ class ResidualAttentionBlock(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio), activation)
         self.ls_2 = _layer_scale(width, ls_init_value)
 
-    def forward(self, x: Tensor, is_causal: bool = False, groups: Groups | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, is_causal: bool = False, groups: Groups | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """[B,N,D] or, with `groups`, [T,D]; see `Attention`."""
-        x = x + self.ls_1(self.attn(self.ln_1(x), is_causal, groups))
+        x = x + self.ls_1(self.attn(self.ln_1(x), is_causal, groups, mask))
+        return x + self.ls_2(self.mlp(self.ln_2(x)))
+
+
+class CrossAttentionBlock(nn.Module):
+    """Pre-norm attention to another sequence, which has a norm of its own, and MLP."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        activation: ActivationFactory,
+        norm_eps: float = 1e-5,
+        ls_init_value: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(width, eps=norm_eps)
+        self.attn = CrossAttention(width, heads)
+        self.ls_1 = _layer_scale(width, ls_init_value)
+        self.ln_1_kv = LayerNorm(width, eps=norm_eps)
+        self.ln_2 = LayerNorm(width, eps=norm_eps)
+        self.mlp = Mlp(width, int(width * mlp_ratio), activation)
+        self.ls_2 = _layer_scale(width, ls_init_value)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """[B,L,D] looking at [B,N,D]."""
+        x = x + self.ls_1(self.attn(self.ln_1(x), self.ln_1_kv(context)))
         return x + self.ls_2(self.mlp(self.ln_2(x)))
 
 
@@ -132,15 +181,17 @@ class Transformer(nn.Module):
     def blocks(self) -> list[ResidualAttentionBlock]:
         return list(self.resblocks)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor, is_causal: bool = False, groups: Groups | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, is_causal: bool = False, groups: Groups | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """[B,N,D] or, with `groups`, [T,D]. Each block runs once either way, as sharded parameters need it."""
         recompute = self.grad_checkpointing and torch.is_grad_enabled()
         for block in self.resblocks:
             if recompute:
                 # The blocks draw no random numbers, so there is no generator state to keep.
-                x = checkpoint(block, x, is_causal, groups, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, is_causal, groups, mask, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, is_causal, groups)
+                x = block(x, is_causal, groups, mask)
         return x
 
 
@@ -153,11 +204,11 @@ def _layer_scale(width: int, init_value: float | None) -> nn.Module:
     return nn.Identity() if init_value is None else LayerScale(width, init_value)
 
 
-def _attend(stacked_BN3D: Tensor, heads: int, is_causal: bool) -> Tensor:
+def _attend(stacked_BN3D: Tensor, heads: int, is_causal: bool, mask: Tensor | None = None) -> Tensor:
     """Query, key and value side by side [B,N,3D] to the mixed values [B,N,D]."""
     batch, num_tokens, _ = stacked_BN3D.shape
     query, key, value = stacked_BN3D.view(batch, num_tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)  # 3 x [B,H,N,K]
-    mixed_BHNK = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+    mixed_BHNK = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal)
     return mixed_BHNK.transpose(1, 2).reshape(batch, num_tokens, -1)
 
 

@@ -7,9 +7,11 @@ pass are one base class that either module inherits.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import TextConfig
+from models.layer_groups import Prefixes, stack_groups
 from models.layers import LayerNorm, ResidualAttentionBlock, Transformer, activation_factory
 from models.unpadded import TextPlan, plan_text, why_padding_counts
 
@@ -22,12 +24,15 @@ class TextLayers(nn.Module):
     transformer: Transformer
     ln_final: LayerNorm
     text_projection: nn.Linear | nn.Parameter | None
+    cls_emb: nn.Parameter | None
 
     def add_text_layers(self, config: TextConfig, embed_dim: int, quick_gelu: bool) -> None:
         """Creates the parameters, initialised as OpenCLIP does (standard deviations after Radford et al. 2021)."""
         self.text_config = config
         norm_eps = config.norm_kwargs.eps if config.norm_kwargs else 1e-5
-        self.positional_embedding = nn.Parameter(torch.empty(config.context_length, config.width))
+        num_positions = config.context_length + config.embed_cls
+        self.positional_embedding = nn.Parameter(torch.empty(num_positions, config.width))
+        self.cls_emb = nn.Parameter(torch.empty(config.width)) if config.embed_cls else None
         self.text_projection = _projection(config, embed_dim)
         self.transformer = Transformer(_blocks(config, quick_gelu, norm_eps))
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
@@ -49,6 +54,13 @@ class TextLayers(nn.Module):
             raise ValueError(f"this tower needs all positions: {reason}")
         return plan_text(self._pooled_positions(tokens) + 1, tokens.shape[1], multiple=multiple)
 
+    def layer_groups(self) -> Prefixes:
+        """See `models.layer_groups`."""
+        stem = ("token_embedding", "positional_embedding", "cls_emb")
+        return stack_groups(
+            stem, "transformer.resblocks", len(self.transformer.resblocks), ("ln_final",), "text_projection"
+        )
+
     def text_features(self, tokens: Tensor, plan: TextPlan | None = None) -> Tensor:
         """Token ids [B,L] to features [B,E], not normalised; with the `plan` of these tokens, without padding.
 
@@ -60,7 +72,19 @@ class TextLayers(nn.Module):
             raise ValueError(f"this tower takes {context_length} tokens, got {length}")
         pooled_BD = self._pooled(tokens) if plan is None else self._pooled_unpadded(tokens, plan)
         # A layer norm acts on each token alone, so only the pooled one needs it.
-        pooled_BD = self.ln_final(pooled_BD)
+        return self._projected(self.ln_final(pooled_BD))
+
+    def features_and_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids [B,L] to features [B,E], not normalised, and each token as a decoder sees it [B,L,D]."""
+        hidden_BLD = self._hidden(tokens)
+        if self.cls_emb is not None:
+            # What a class token pools is normalised, the tokens themselves are not.
+            return self._projected(self.ln_final(hidden_BLD[:, -1])), hidden_BLD[:, :-1]
+        hidden_BLD = self.ln_final(hidden_BLD)
+        rows = torch.arange(len(tokens), device=tokens.device)
+        return self._projected(hidden_BLD[rows, self._pooled_positions(tokens)]), hidden_BLD
+
+    def _projected(self, pooled_BD: Tensor) -> Tensor:
         if self.text_projection is None:
             return pooled_BD
         if isinstance(self.text_projection, nn.Linear):
@@ -68,10 +92,32 @@ class TextLayers(nn.Module):
         return pooled_BD @ self.text_projection
 
     def _pooled(self, tokens: Tensor) -> Tensor:
-        hidden_BLD = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
-        hidden_BLD = self.transformer(hidden_BLD, is_causal=not self.text_config.no_causal_mask)
+        hidden_BLD = self._hidden(tokens)
+        if self.cls_emb is not None:
+            return hidden_BLD[:, -1]
         rows = torch.arange(tokens.shape[0], device=tokens.device)
         return hidden_BLD[rows, self._pooled_positions(tokens)]
+
+    def _hidden(self, tokens: Tensor) -> Tensor:
+        """[B,L] to [B,L,D], or [B,L+1,D] where a class token stands at the end."""
+        hidden_BLD, is_causal, mask = self.token_embedding(tokens), not self.text_config.no_causal_mask, None
+        if self.cls_emb is not None:
+            class_B1D = self.cls_emb.to(hidden_BLD.dtype).expand(len(tokens), 1, -1)
+            hidden_BLD = torch.cat([hidden_BLD, class_B1D], dim=1)
+            mask, is_causal = self._class_token_mask(tokens, is_causal), False
+        hidden_BLD = hidden_BLD + self.positional_embedding[: hidden_BLD.shape[1]]
+        return self.transformer(hidden_BLD, is_causal=is_causal, mask=mask)
+
+    def _class_token_mask(self, tokens: Tensor, is_causal: bool) -> Tensor:
+        """Who sees whom [B,1,L+1,L+1]: all what is before, and nobody padding.
+
+        OpenCLIP's weights are trained with the mask of the padding one place late, so that the place behind a text's
+        end is seen, and the class token itself is not where a text is padded.
+        """
+        num_tokens = tokens.shape[1] + 1
+        seen_BL = F.pad(tokens != self.text_config.pad_id, (1, 0), value=True)
+        mask_B1LL = seen_BL[:, None, None, :].expand(-1, 1, num_tokens, -1)
+        return mask_B1LL.tril() if is_causal else mask_B1LL
 
     def _pooled_unpadded(self, tokens: Tensor, plan: TextPlan) -> Tensor:
         # One look-up for all groups: the gradient of each is as large as the vocabulary.
@@ -95,6 +141,8 @@ class TextLayers(nn.Module):
         out_std = in_std * (2 * config.layers) ** -0.5
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
+        if self.cls_emb is not None:
+            nn.init.normal_(self.cls_emb, std=0.01)
         for block in self.transformer.blocks():
             nn.init.normal_(block.attn.in_proj_weight, std=in_std)
             nn.init.normal_(block.attn.out_proj.weight, std=out_std)

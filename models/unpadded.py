@@ -49,6 +49,8 @@ def why_padding_counts(text: TextConfig) -> str | None:
     """The reason why a tower's features depend on what follows the pooled token, or None if they do not."""
     if text.no_causal_mask:
         return "its attention has no causal mask, so every token sees the padding"
+    if text.embed_cls:
+        return "it pools a class token behind the last position"
     if text.pool_type == "last":
         return "it pools the last of all positions, padding or not"
     return None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from models.attention_pool import AttentionalPooler
 from models.config import VisionConfig, pair
+from models.layer_groups import Prefixes, stack_groups
 from models.layers import LayerNorm, ResidualAttentionBlock, Transformer, activation_factory
 from models.row_draws import PatchDropout
 
@@ -30,20 +32,25 @@ class VisionTransformer(nn.Module):
         num_tokens = self.grid_size[0] * self.grid_size[1] + 1
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn(num_tokens, width))
-        self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
+        pooled_width = embed_dim if config.attentional_pool else width
+        self.token_width = pooled_width
+        self.proj = nn.Parameter(scale * torch.randn(pooled_width, embed_dim))
         self.conv1 = nn.Conv2d(3, width, kernel_size=self.patch_size, stride=self.patch_size, bias=False)
         self.patch_dropout = PatchDropout(config.patch_dropout)
         self.ln_pre = nn.Identity() if config.no_ln_pre else LayerNorm(width, eps=norm_eps)
         self.transformer = Transformer(_blocks(config, quick_gelu, norm_eps))
-        self.ln_post = LayerNorm(width, eps=norm_eps)
+        self.attn_pool = _attentional_pool(config, embed_dim, norm_eps)
+        self.ln_post = LayerNorm(pooled_width, eps=norm_eps)
 
     def forward(self, image: Tensor) -> Tensor:
         """Normalised images [B,3,h,w] to features [B,E], not normalised. Raises ValueError for another size."""
-        if tuple(image.shape[-2:]) != self.image_size:
-            raise ValueError(f"this tower takes images of {self.image_size}, got {tuple(image.shape[-2:])}")
-        hidden_BND = self.ln_pre(self.patch_dropout(self._embed(image)))
-        hidden_BND = self.transformer(hidden_BND)
-        return self._pool(hidden_BND) @ self.proj
+        return self._pool(self._hidden(image)) @ self.proj
+
+    def features_and_tokens(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [B,E], and the other tokens that they were pooled from [B,N,token_width], for a decoder."""
+        hidden_BND = self._hidden(image)
+        tokens_BND = hidden_BND if self.final_ln_after_pool else self.ln_post(hidden_BND)
+        return self._pool(hidden_BND) @ self.proj, tokens_BND[:, 1:]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.transformer.grad_checkpointing = enable
@@ -52,7 +59,18 @@ class VisionTransformer(nn.Module):
         return list(self.transformer.resblocks)
 
     def no_weight_decay(self) -> set[str]:
-        return {"class_embedding", "positional_embedding"}
+        queries = set() if self.attn_pool is None else {"attn_pool.query"}
+        return {"class_embedding", "positional_embedding"} | queries
+
+    def layer_groups(self) -> Prefixes:
+        stem = ("conv1", "class_embedding", "positional_embedding", "ln_pre")
+        return stack_groups(stem, "transformer.resblocks", len(self.blocks()), ("ln_post", "attn_pool"), "proj")
+
+    def _hidden(self, image: Tensor) -> Tensor:
+        if tuple(image.shape[-2:]) != self.image_size:
+            raise ValueError(f"this tower takes images of {self.image_size}, got {tuple(image.shape[-2:])}")
+        hidden_BND = self.transformer(self.ln_pre(self.patch_dropout(self._embed(image))))
+        return hidden_BND if self.attn_pool is None else self.attn_pool(hidden_BND)
 
     def _embed(self, image: Tensor) -> Tensor:
         patches_BND = self.conv1(image).flatten(2).transpose(1, 2)
@@ -67,6 +85,12 @@ class VisionTransformer(nn.Module):
         if self.final_ln_after_pool:
             return self.ln_post(hidden_BND[:, 1:].mean(dim=1))
         return self.ln_post(hidden_BND)[:, 1:].mean(dim=1)
+
+
+def _attentional_pool(config: VisionConfig, embed_dim: int, norm_eps: float) -> AttentionalPooler | None:
+    if not config.attentional_pool:
+        return None
+    return AttentionalPooler(embed_dim, config.width, config.attn_pooler_heads, config.attn_pooler_queries, norm_eps)
 
 
 def _blocks(config: VisionConfig, quick_gelu: bool, norm_eps: float) -> list[ResidualAttentionBlock]:

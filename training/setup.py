@@ -10,6 +10,7 @@ import torch
 
 import data
 import models
+from models.locks import Lock, layer_scales, lock_towers
 from training.checkpoint import (
     LoadedCheckpoint,
     Pretrained,
@@ -20,7 +21,7 @@ from training.checkpoint import (
     load_optimizer_tensors,
     verify_weights,
 )
-from training.config import TrainConfig, from_flat
+from training.config import ModelConfig, TrainConfig, from_flat
 from training.distributed import World
 from training.errors import ConfigError
 from training.losses.objective import build_objective
@@ -61,9 +62,9 @@ class Learner:
 
 
 def resolve_model(config: TrainConfig) -> models.ModelConfig:
-    """The model's configuration with every override of the command line in it."""
+    """The model's configuration with every override of the command line in it. Raises ConfigError."""
     section, image = config.model, config.image
-    return models.config_with(
+    resolved = models.config_with(
         models.load_model_config(section.model),
         image_size=section.force_image_size,
         context_length=section.force_context_length,
@@ -78,6 +79,19 @@ def resolve_model(config: TrainConfig) -> models.ModelConfig:
         init_logit_scale=SIGLIP_LOG_SCALE if config.optim.siglip else None,
         init_logit_bias=SIGLIP_BIAS if config.optim.siglip else None,
     )
+    if resolved.multimodal_cfg is not None:
+        _check_captioning(config)
+    return resolved
+
+
+def _check_captioning(config: TrainConfig) -> None:
+    if config.optim.accum_freq > 1:
+        raise ConfigError(
+            f"--accum-freq with {config.model.model} is refused: accumulation keeps the outputs of all micro-batches, "
+            "and a decoder's logits are as wide as the vocabulary; use --grad-checkpointing or --fsdp to save memory"
+        )
+    if config.model.distill_model is not None:
+        raise ConfigError(f"--distill-model with {config.model.model} is refused: a teacher has no captions")
 
 
 def cuts_padding(choice: str, model_config: models.ModelConfig) -> bool:
@@ -124,6 +138,7 @@ def build_learner(
     """Model and optimiser in their start state, equal on all ranks."""
     torch.manual_seed(config.run.seed)
     model = models.build_model(model_config).to(world.device)
+    lock_as_told(model, config.model)
     # Only rank 0 reads weights: wrapping the model sends them to the others.
     with world.collectively("loading weights"):
         if world.is_main and isinstance(start, Pretrained):
@@ -131,11 +146,19 @@ def build_learner(
         if world.is_main and loaded is not None:
             _load_resumed(model, loaded)
     wrapped = parallelize(model, config.model, config.cluster, world)  # Collective:
-    optimizer = build_optimizer(model, config.optim, model_config.name, model.no_weight_decay())
+    scales = layer_scales(model, config.optim.image_layer_decay, config.optim.text_layer_decay)
+    optimizer = build_optimizer(model, config.optim, model_config.name, model.no_weight_decay(), scales)
     with world.collectively("loading the optimiser's state"):
         if loaded is not None:
             load_optimizer_tensors(optimizer, parameter_names(model), loaded.optimizer)
     return Learner(model, wrapped, optimizer, _loss_scale(config, loaded, world))
+
+
+def lock_as_told(model: models.CLIP, section: ModelConfig) -> None:
+    """What --lock-image and --lock-text and their companions say."""
+    image = Lock(section.lock_image_unlocked_groups, section.lock_image_freeze_bn_stats)
+    text = Lock(section.lock_text_unlocked_layers, freeze_norms=section.lock_text_freeze_layer_norm)
+    lock_towers(model, image if section.lock_image else None, text if section.lock_text else None)
 
 
 def _loss_scale(config: TrainConfig, loaded: LoadedCheckpoint | None, world: World) -> LossScale | None:
@@ -265,7 +288,11 @@ def build_step(
         precision=config.model.precision,
         accum_steps=config.optim.accum_freq,
         clip_grad_norm=config.optim.clip_grad_norm,
-        objective=build_objective(config.optim, has_teacher=teacher is not None),
+        objective=build_objective(
+            config.optim,
+            has_teacher=teacher is not None,
+            caption_pad_id=None if model_config.multimodal_cfg is None else model_config.text_cfg.pad_id,
+        ),
         teacher=build_teacher(config.model, teacher, world),
         cut_padding=cut_padding,
         static_shapes=config.cluster.torchcompile,
@@ -278,7 +305,9 @@ def describe_model(model: models.CLIP, config: TrainConfig) -> str:
     """One line for the console: name, parameters in all and by tower, arithmetic."""
     total = sum(p.numel() for p in model.parameters())
     visual = sum(p.numel() for p in model.visual.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    locked = "" if trained == total else f", of which {trained / 1e6:.2f} M are trained"
     return (
         f"{config.model.model}, {total / 1e6:.2f} M parameters ({visual / 1e6:.2f} M image, "
-        f"{(total - visual) / 1e6:.2f} M text), {config.model.precision}"
+        f"{(total - visual) / 1e6:.2f} M text){locked}, {config.model.precision}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,26 @@ def test_a_distilled_run_reports_its_parts_and_keeps_the_teacher_out_of_its_chec
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_a_model_that_writes_captions_trains_evaluates_and_resumes(tmp_path: Path) -> None:
+    flags = ["--model", "tiny-test-coca", "--val-data", f"{tmp_path / 'shards'}/shard-00000.tar"]
+    assert _run(tmp_path, *flags, "--coca-caption-loss-weight", "0.5") == 0
+    records = [r for r in _records(tmp_path) if "train/loss" in r]
+    for record in records:
+        parts = record["train/contrastive_loss"] + record["train/caption_loss"]
+        assert record["train/loss"] == pytest.approx(parts, rel=1e-6)
+    # Half of the mean over tokens, each about one of the whole vocabulary.
+    assert records[0]["train/caption_loss"] == pytest.approx(0.5 * math.log(49_408), rel=0.05)
+    assert any("val/image_to_text_R@1" in record for record in _records(tmp_path))
+    assert _run(tmp_path, *flags, "--coca-caption-loss-weight", "0.5", "--stop-after-steps", "2", name="again") == 75
+    assert _run(tmp_path, *flags, "--coca-caption-loss-weight", "0.5", "--resume", "latest", name="again") == 0
+    first, second = _weights(tmp_path), _weights(tmp_path, "again")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--model", "tiny-test-coca", "--accum-freq", "2"], "--accum-freq with tiny-test-coca is refused"),
         (["--distill-model", "tiny-test"], "--distill-pretrained go together"),
         (["--distill-model", "tiny-test", "--distill-pretrained", "x", "--siglip"], "--siglip with --distill-model"),
         (["--loss-dist-impl", "ring"], "'ring' is not one of bidir, shift, reduce, gather"),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from training.config import OptimConfig
+from training.losses.caption import caption_loss
 from training.losses.distill import Similarities, distillation_loss
 from training.losses.sigmoid import sigmoid_loss
 from training.losses.softmax import contrastive_loss
@@ -29,6 +30,8 @@ class Features:
     text: Tensor
     scale: Tensor  # exponential of the temperature's logarithm
     bias: Tensor | None = None  # of the logits, where the model has one
+    caption_logits: Tensor | None = None  # [B, L, V] of tokens 1 to L, where the model writes captions
+    tokens: Tensor | None = None  # [B, L + 1], with them
     teacher: Features | None = None  # of the same samples, without graph
 
     @property
@@ -102,8 +105,31 @@ class Distillation:
         return {**Contrastive(local_loss=self.local_loss)(features), "distill_loss": distilled}
 
 
-def build_objective(optim: OptimConfig, *, has_teacher: bool) -> Objective:
-    """The objective that the settings name."""
+@dataclass(frozen=True)
+class Captioning:
+    """CoCa's: the contrastive loss and that of a decoder, each with its weight (Yu et al. 2022, equation 3)."""
+
+    contrastive: Contrastive
+    contrastive_weight: float
+    caption_weight: float
+    pad_id: int
+
+    def __call__(self, features: Features) -> Losses:
+        logits, tokens = features.caption_logits, features.tokens
+        assert logits is not None and tokens is not None, "the model writes captions"
+        weighted = {name: self.contrastive_weight * loss for name, loss in self.contrastive(features).items()}
+        return {
+            **weighted,
+            "caption_loss": caption_loss(logits, tokens, pad_id=self.pad_id, weight=self.caption_weight),
+        }
+
+
+def build_objective(optim: OptimConfig, *, has_teacher: bool, caption_pad_id: int | None = None) -> Objective:
+    """The objective that the settings name; with `caption_pad_id`, of a model that writes captions padded so."""
     if has_teacher:
         return Distillation(optim.local_loss)
-    return Contrastive(optim.siglip, optim.local_loss)
+    contrastive = Contrastive(optim.siglip, optim.local_loss)
+    if caption_pad_id is None:
+        return contrastive
+    weights = optim.coca_contrastive_loss_weight, optim.coca_caption_loss_weight
+    return Captioning(contrastive, *weights, caption_pad_id)
