@@ -86,7 +86,7 @@ class ModelConfig:
     )
     pretrained: str | None = option(
         None,
-        "weights to start from: checkpoint folder, .safetensors, OpenCLIP .pt, or a folder of transformers; path or URL",
+        "weights to start from: checkpoint folder, .safetensors, OpenCLIP .pt, or transformers' folder; path or URL",
     )
     precision: str = option(
         "amp_bfloat16",

@@ -88,6 +88,17 @@ def test_positions_of_texts_are_interpolated_linearly_in_both_layouts(build: Bui
     torch.testing.assert_close(state[key], expected)
 
 
+def test_the_class_token_of_a_text_tower_keeps_its_position_behind_the_text(build: Build) -> None:
+    short = build("tiny-test-coca")
+    length = short.config.text_cfg.context_length
+    longer = build(config_with(short.config, context_length=length + 8))
+    state = dict(short.state_dict())
+    (resized,) = resize_positions(longer, state)
+    assert resized.method == f"linear, length {length} to {length + 8}"
+    assert state[resized.key].shape == longer.state_dict()[resized.key].shape
+    assert torch.equal(state[resized.key][-1], short.state_dict()[resized.key][-1])
+
+
 # Trunks of timm with positions of every kind: class and register tokens or none, map pool, rotary, relative, windows.
 TRUNKS: dict[str, dict[str, Any]] = {
     "class token": {"timm_model_name": "test_vit", "timm_pool": "token", "sizes": (160, 96)},
