@@ -36,12 +36,15 @@ class Origin:
     quick_gelu: bool | None = None
     image_size: tuple[int, int] | None = None
     config: ModelConfig | None = None
+    heads: tuple[int, int] | None = None  # of the image tower and of the text tower
 
     def contradictions(self, config: ModelConfig) -> list[str]:
         """Settings of `config` under which these weights would load and compute something else."""
         found = []
         if self.quick_gelu is not None and self.quick_gelu != config.quick_gelu and _has_native_tower(config):
             found.append(_quick_gelu_advice(config, self.quick_gelu))
+        if self.heads is not None and self.heads != _heads(config, self.heads):
+            found.append(f"they have {self.heads} heads (image, text), the model {_heads(config, self.heads)}")
         if self.config is not None:
             found += _different("vision_cfg", self.config.vision_cfg, config.vision_cfg, _vision_keys(config))
             found += _different("text_cfg", self.config.text_cfg, config.text_cfg, _text_keys(config))
@@ -88,7 +91,17 @@ def _from_transformers(settings: Mapping[str, Any]) -> Origin | None:
     is_clip = settings["model_type"] == "clip"
     vision = settings.get("vision_config") or {}
     activation = vision.get("hidden_act", "quick_gelu" if is_clip else "gelu_pytorch_tanh")
-    return Origin("config.json", activation == "quick_gelu", pair(vision.get("image_size", 224)))
+    text = settings.get("text_config") or {}
+    heads = (vision.get("num_attention_heads", 12), text.get("num_attention_heads", 8 if is_clip else 12))
+    return Origin("config.json", activation == "quick_gelu", pair(vision.get("image_size", 224)), heads=heads)
+
+
+def _heads(config: ModelConfig, unknown: tuple[int, int]) -> tuple[int, int]:
+    """Heads of both towers; where a tower is another library's, whose configuration does not say, `unknown`."""
+    vision, text = config.vision_cfg, config.text_cfg
+    has_own_heads = bool(vision.timm_model_name) or not isinstance(vision.layers, int)
+    image_heads = unknown[0] if has_own_heads else vision.width // vision.head_width
+    return image_heads, unknown[1] if text.hf_model_name else text.heads
 
 
 def _has_native_tower(config: ModelConfig) -> bool:

@@ -142,6 +142,16 @@ def test_transformers_default_activation_is_known_to_be_quick_gelu(tmp_path: Pat
         load_pretrained(ours, str(tmp_path))
 
 
+@pytest.mark.parity
+@pytest.mark.parametrize("section", ["vision_cfg", "text_cfg"])
+def test_another_number_of_heads_than_transformers_is_refused(tmp_path: Path, section: str) -> None:
+    _clip().save_pretrained(tmp_path)
+    heads = {"vision_cfg": {"head_width": 16}, "text_cfg": {"heads": 4}}[section]
+    ours = build_model(ModelConfig.from_dict({**_NATIVE, section: {**_NATIVE[section], **heads}}))
+    with pytest.raises(CheckpointError, match=r"they have \(2, 2\) heads \(image, text\), the model \((4, 2|2, 4)\)"):
+        load_pretrained(ours, str(tmp_path))
+
+
 def test_position_numbers_of_old_releases_are_left_out_and_other_weights_stay_as_they_are() -> None:
     state = {
         "vision_model.embeddings.class_embedding": torch.zeros(4),
