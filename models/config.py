@@ -203,6 +203,8 @@ def config_with(
     context_length: int | None = None,
     quick_gelu: bool | None = None,
     patch_dropout: float | None = None,
+    drop_path: float | None = None,
+    head_dropout: float | None = None,
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
     image_interpolation: str | None = None,
@@ -210,9 +212,20 @@ def config_with(
     init_logit_scale: float | None = None,
     init_logit_bias: float | None = None,
 ) -> ModelConfig:
-    """A copy with some settings changed; None, and an empty sequence, leave a setting as it is."""
+    """A copy with some settings changed; None, and an empty sequence, leave a setting as it is.
+
+    drop_path is stochastic depth in the image tower, head_dropout dropout in its head; only timm's trunks have them.
+    Raises ConfigError for what the model cannot do.
+    """
+    _check_drops(config, drop_path, head_dropout)
     size = _as_size(image_size)
-    vision = _replace(config.vision_cfg, image_size=size, patch_dropout=patch_dropout)
+    vision = _replace(
+        config.vision_cfg,
+        image_size=size,
+        patch_dropout=patch_dropout,
+        timm_drop_path=drop_path,
+        timm_drop=head_dropout,
+    )
     text = _replace(config.text_cfg, context_length=context_length)
     preprocess = _replace(
         config.preprocess,
@@ -240,6 +253,17 @@ def pair(size: int | Sequence[int]) -> tuple[int, int]:
     if len(size) not in (1, 2):
         raise ConfigError(f"a size is one side or (height, width), got {tuple(size)}")
     return size[0], size[-1]
+
+
+def _check_drops(config: ModelConfig, drop_path: float | None, head_dropout: float | None) -> None:
+    vision, name = config.vision_cfg, config.name or "the model"
+    for setting, share in (("stochastic depth", drop_path), ("head dropout", head_dropout)):
+        if share is not None and not vision.timm_model_name:
+            raise ConfigError(f"{setting} {share}: the image tower of {name} is no timm trunk and has none")
+        if share is not None and not 0.0 <= share < 1.0:
+            raise ConfigError(f"{setting} must be in [0, 1), got {share}")
+    if head_dropout and vision.timm_proj not in ("linear", "mlp"):
+        raise ConfigError(f"head dropout {head_dropout}: the image tower of {name} has no head of its own to drop in")
 
 
 def _as_size(size: int | Sequence[int] | None) -> int | tuple[int, ...] | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import timm
-from timm.layers import AttentionPool2d, Mlp, RotAttentionPool2d, resample_abs_pos_embed
+from timm.layers import AttentionPool2d, Mlp, RotAttentionPool2d, resample_abs_pos_embed, resize_rel_pos_bias_table
 from timm.models import get_pretrained_cfg, group_parameters
 from torch import Tensor, nn
 
@@ -72,6 +75,14 @@ class TimmTower(nn.Module):
         grid = list(self.grid_size or old_grid)
         return resample_abs_pos_embed(positions_1ND, grid, list(old_grid), self.num_prefix_positions)
 
+    def resample_bias_table(self, module: str, table: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Relative position biases of another window, fitted to that of the trunk's `module`; and that window."""
+        attention: Any = self.trunk.get_submodule(module)
+        window: tuple[int, int] = tuple(attention.window_size)
+        shape = attention.relative_position_bias_table.shape
+        with _quiet_interpolation():
+            return resize_rel_pos_bias_table(table, new_window_size=window, new_bias_shape=shape), window
+
     @property
     def num_prefix_positions(self) -> int:
         """How many positions belong to class and register tokens."""
@@ -91,6 +102,16 @@ def _trunk(config: VisionConfig, embed_dim: int) -> Any:
     if config.patch_dropout > 0:
         options["patch_drop_rate"] = config.patch_dropout
     options |= _size_option(name, config)
+    windowed_size = options.pop("img_size", None) if _has_windows(name) else None
+    trunk = _created(name, config, embed_dim, options)
+    if windowed_size is not None:
+        # Windows grow with the image, as in timm's own resizing; a trunk built for a size keeps its first windows.
+        with _quiet_interpolation():
+            trunk.set_input_size(img_size=windowed_size)
+    return trunk
+
+
+def _created(name: str, config: VisionConfig, embed_dim: int, options: dict[str, Any]) -> Any:
     try:
         if config.timm_proj in _HEADS or config.timm_pool in _ATTENTION_POOLS:
             trunk = timm.create_model(name, pretrained=False, **options)
@@ -102,6 +123,18 @@ def _trunk(config: VisionConfig, embed_dim: int) -> Any:
         )
     except TypeError as error:
         raise ConfigError(f"vision_cfg: timm's {name} does not take these settings: {error}") from None
+
+
+def _has_windows(name: str) -> bool:
+    return timm.model_entrypoint(name).__module__.rpartition(".")[2].startswith("swin_transformer")
+
+
+@contextmanager
+def _quiet_interpolation() -> Iterator[None]:
+    """timm indexes in ways that torch warns of, and its users can do nothing about."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def _size_option(name: str, config: VisionConfig) -> dict[str, Any]:

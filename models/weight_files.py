@@ -6,12 +6,14 @@ tensors under the names a bare model has. Knows no model.
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,20 @@ from torch import Tensor
 
 from models.errors import CheckpointError
 
-# In a checkpoint folder of ours, and in a repository in OpenCLIP's form.
-_FOLDER_FILES = ("model.safetensors", "open_clip_model.safetensors")
+# In a checkpoint folder of ours or transformers', and in a repository of OpenCLIP's form.
+_FOLDER_FILES = (
+    "model.safetensors",
+    "open_clip_model.safetensors",
+    "model.safetensors.index.json",
+    "open_clip_pytorch_model.bin",
+    "pytorch_model.bin",
+)
 _FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 # PyTorch's files from before it wrote archives begin with this number, pickled.
 _OLD_PYTORCH_HEAD = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 _PICKLE_PROTOCOL = pickle.PROTO[0]
 _COPY_BYTES = 16 * 1024 * 1024
+_NPZ_ADVICE = "load it with OpenCLIP, and save the model's state dict as .safetensors"
 
 
 def read_weights(source: str) -> dict[str, Tensor]:
@@ -51,6 +60,18 @@ def is_mapped(source: str) -> bool:
         return False
     with _file_in(Path(source)).open("rb") as file:
         return not file.read(len(_OLD_PYTORCH_HEAD)).startswith(_OLD_PYTORCH_HEAD)
+
+
+def read_beside(source: str, name: str) -> str | None:
+    """The text of the file `name` in the folder of `source`, None where there is none that can be read."""
+    folder = source.rpartition("/")[0] or "." if source.endswith(_FILE_SUFFIXES) else source.rstrip("/")
+    if "://" not in folder:
+        path = Path(folder) / name
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+    with tempfile.TemporaryDirectory(prefix="weights-") as temporary, suppress(CheckpointError):
+        _download(f"{folder}/{name}", Path(temporary) / name)
+        return (Path(temporary) / name).read_text(encoding="utf-8", errors="replace")
+    return None
 
 
 @contextmanager
@@ -92,6 +113,8 @@ def _download(url: str, path: Path) -> None:
 
 
 def _load(path: Path, source: str) -> Any:
+    if path.name.endswith(".index.json"):
+        return _load_parts(path, source)
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(64)
@@ -101,6 +124,11 @@ def _load(path: Path, source: str) -> Any:
         raise CheckpointError(f"{source} is a Git LFS pointer, not the weights: fetch them with git lfs pull")
     if head[8:9] == b"{":
         return _load_safetensors(path, source, size)
+    if path.suffix == ".safetensors":
+        # torch.load would read it by its name, and say of it what it says of a damaged one.
+        raise CheckpointError(f"{source} is refused: {path.name} is no safetensors file (it begins with {head[:8]!r})")
+    if source.endswith(".npz"):
+        raise CheckpointError(f"{source} is a NumPy archive (big_vision's form), which is not read: {_NPZ_ADVICE}")
     is_zip = head.startswith(b"PK\x03\x04")
     if is_zip or head.startswith(_OLD_PYTORCH_HEAD):
         return _load_pytorch(path, source, size, mmap=is_zip)
@@ -119,12 +147,31 @@ def _load_safetensors(path: Path, source: str, size: int) -> dict[str, Tensor]:
         raise CheckpointError(_broken(source, size, error)) from None
 
 
+def _load_parts(index: Path, source: str) -> dict[str, Tensor]:
+    """A model in several safetensors files, as transformers stores large ones."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(_broken(f"{source}: {index.name}", index.stat().st_size, error)) from None
+    state: dict[str, Tensor] = {}
+    for name in names:
+        part = index.parent / Path(name).name
+        if not part.is_file():
+            raise CheckpointError(f"{source}: {part.name} is missing, {index.name} names it")
+        state |= _load_safetensors(part, f"{source}: {part.name}", part.stat().st_size)
+    return state
+
+
 def _load_pytorch(path: Path, source: str, size: int, mmap: bool) -> Any:
     try:
         with _numpy_numbers_allowed():
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged pickle can raise nearly anything
         message = str(error) or type(error).__name__
+    else:
+        if mmap:
+            _check_records(path, source)
+        return loaded
     if "TorchScript" in message:
         raise CheckpointError(f"{source} is a TorchScript archive, which is a program: save its state dict instead")
     refused = re.search(r"(?:GLOBAL|global:?|class:?) ([\w.]+\.[\w.]+)", message)
@@ -132,6 +179,17 @@ def _load_pytorch(path: Path, source: str, size: int, mmap: bool) -> Any:
         raise CheckpointError(f"{source} is refused: reading it would run code ({refused[1]}), and weights need none")
     # torch wraps the cause in advice to load the file unsafely.
     raise CheckpointError(_broken(source, size, message.rsplit("WeightsUnpickler error:", 1)[-1]))
+
+
+def _check_records(path: Path, source: str) -> None:
+    """PyTorch's archives hold a checksum of each record, which torch does not look at."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError) as error:
+        raise CheckpointError(_broken(source, path.stat().st_size, error)) from None
+    if damaged is not None:
+        raise CheckpointError(f"{source} is corrupt: its record {damaged} differs from the checksum stored with it")
 
 
 def _numpy_numbers_allowed() -> AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""Weights into a model: reads any source, adapts OpenCLIP's variants, resizes positions, then loads strictly."""
+"""Weights into a model: reads any source, adapts what others store differently, resizes positions, loads strictly."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from models.clip import CLIP
-from models.config import ModelConfig
-from models.errors import CheckpointError, ConfigError
-from models.positions import Resized, position_keys, resize_positions
-from models.registry import list_models, load_model_config
-from models.weight_files import read_weights, read_weights_and_notes
+from models.errors import CheckpointError
+from models.fitting import Difference, compare, first, models_that_fit
+from models.from_transformers import from_transformers
+from models.origin import OPENAI_TENSORS, Origin, find_origin
+from models.positions import Resized, resize_positions
+from models.weight_files import read_beside, read_weights_and_notes
 
 _TEXT_ROOTS = ("positional_embedding", "text_projection", "token_embedding", "transformer", "ln_final")
 # Bookkeeping, not weights: OpenAI's archives and older transformers releases store these as tensors.
-_IGNORED = ("input_resolution", "context_length", "vocab_size", "text.transformer.embeddings.position_ids")
-_NUM_SHOWN = 5
+_IGNORED = (*OPENAI_TENSORS, "text.transformer.embeddings.position_ids")
 
 
 @dataclass(frozen=True)
@@ -36,53 +36,57 @@ class PretrainedReport:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class _Difference:
-    """How a state dict differs from a model: keys, and (key, shape in the file, shape in the model)."""
-
-    missing: list[str]
-    unexpected: list[str]
-    shapes: list[tuple[str, list[int], list[int]]]
-
-    def __bool__(self) -> bool:
-        return bool(self.missing or self.unexpected or self.shapes)
-
-    def __str__(self) -> str:
-        shapes = [f"{key} {old} in the file, {new} in the model" for key, old, new in self.shapes]
-        parts = [("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", shapes)]
-        return "; ".join(f"{len(items)} {what}: {_first(items)}" for what, items in parts if items)
-
-
 def load_pretrained(model: CLIP, source: str) -> PretrainedReport:
     """Loads the weights at `source` into `model`, in the model's own precision, and reports what was adapted.
 
-    `source` is a checkpoint folder, a .safetensors file, or an OpenCLIP .pt (training checkpoint or bare state
-    dict), as a path or any fsspec URL. Positions are resized to the model's image size and context length;
-    everything else must fit exactly. Raises CheckpointError with the first differences otherwise.
+    `source` is a checkpoint folder, a folder of OpenCLIP's or transformers' form, a .safetensors file, or a .pt
+    (OpenCLIP's training checkpoint or a bare state dict), as a path or any fsspec URL. Positions are resized to the
+    model's image size and context length; everything else must fit exactly. Raises CheckpointError with the first
+    differences otherwise, and where the origin of the weights shows that this model would compute something else.
     """
     raw, notes = read_weights_and_notes(source)
-    state, more_notes = _adapt(model, raw)
+    origin = find_origin(raw, lambda name: read_beside(source, name))
+    raw, renamed = from_transformers(raw)
+    state, adapted = _adapt(model, raw)
     try:
-        resized = resize_positions(model, state)
+        resized = resize_positions(model, state, origin.image_size)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from None
-    difference = _compare(model, state)
-    if difference:
-        raise CheckpointError(_mismatch(model.config, source, difference, raw))
+    if difference := compare(model, state):
+        raise CheckpointError(_mismatch(model, source, difference, raw, origin))
+    _check_meaning(model, source, state, origin)
     model.load_state_dict(state, strict=True)
-    return PretrainedReport(source, len(state), tuple(resized), tuple(notes + more_notes))
+    return PretrainedReport(source, len(state), tuple(resized), tuple(notes + renamed + adapted))
+
+
+def _check_meaning(model: CLIP, source: str, state: dict[str, Tensor], origin: Origin) -> None:
+    """Weights of the right shapes can still be the wrong ones."""
+    _check_origin(model, source, origin)
+    for key, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise CheckpointError(f"{source}: {key} has values that are no finite numbers; the file is damaged")
+
+
+def _check_origin(model: CLIP, source: str, origin: Origin) -> None:
+    for reason in origin.contradictions(model.config):
+        raise CheckpointError(
+            f"{source} does not fit model {model.config.name or 'given'}: {reason} ({origin.evidence})"
+        )
 
 
 def read_fitting(model: CLIP, source: str) -> dict[str, Tensor]:
     """The weights at `source` under the names of `model`, which may be on the meta device; nothing is resized.
 
-    Raises CheckpointError with the first differences when keys or shapes are not the model's.
+    Raises CheckpointError with the first differences when keys or shapes are not the model's, and where their origin
+    shows that this model would compute something else. The values are not looked at.
     """
-    raw = read_weights(source)
+    raw, _ = read_weights_and_notes(source)
+    origin = find_origin(raw, lambda name: read_beside(source, name))
+    raw, _ = from_transformers(raw)
     state, _ = _adapt(model, raw)
-    difference = _compare(model, state)
-    if difference:
-        raise CheckpointError(_mismatch(model.config, source, difference, raw))
+    if difference := compare(model, state):
+        raise CheckpointError(_mismatch(model, source, difference, raw, origin))
+    _check_origin(model, source, origin)
     return state
 
 
@@ -112,41 +116,7 @@ def _adapt_text_layout(state: dict[str, Tensor], custom_text: bool) -> tuple[dic
     return state, []
 
 
-def _compare(model: CLIP, state: dict[str, Tensor], ignored: tuple[str, ...] = ()) -> _Difference:
-    own = {key: list(value.shape) for key, value in model.state_dict().items()}
-    shapes = [
-        (key, list(state[key].shape), shape)
-        for key, shape in own.items()
-        if key in state and list(state[key].shape) != shape and key not in ignored
-    ]
-    missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
-    return _Difference(missing, unexpected, shapes)
-
-
-def _mismatch(config: ModelConfig, source: str, difference: _Difference, raw: dict[str, Tensor]) -> str:
-    fitting = _models_that_fit(raw)
-    advice = f"; it fits {' or '.join(fitting)}" if fitting else ""
-    return f"{source} does not fit model {config.name or 'given'}: {difference}{advice}"
-
-
-def _models_that_fit(raw: dict[str, Tensor]) -> list[str]:
-    """Names of registered models that these weights belong to, up to image size and context length."""
-    return [name for name in list_models() if _fits(load_model_config(name), raw)]
-
-
-def _fits(config: ModelConfig, raw: dict[str, Tensor]) -> bool:
-    table = raw.get("token_embedding.weight", raw.get("text.token_embedding.weight"))
-    if table is None or tuple(table.shape) != (config.text_cfg.vocab_size, config.text_cfg.width):
-        return False  # cheaper than building the towers
-    try:
-        with torch.device("meta"):
-            model = CLIP(config)
-    except ConfigError:
-        return False
-    state, _ = _adapt(model, raw)
-    return not _compare(model, state, ignored=tuple(position_keys(model)))
-
-
-def _first(items: list[str]) -> str:
-    return ", ".join(items[:_NUM_SHOWN]) + (", ..." if len(items) > _NUM_SHOWN else "")
+def _mismatch(model: CLIP, source: str, difference: Difference, raw: dict[str, Tensor], origin: Origin) -> str:
+    fitting = models_that_fit(raw, lambda other, weights: _adapt(other, weights)[0], origin.quick_gelu)
+    advice = f"; it fits {first(fitting).replace(', ', ' or ')}" if fitting else ""
+    return f"{source} does not fit model {model.config.name or 'given'}: {difference}{advice}"

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from training.checkpoint_files import clean_leftovers, rotate, verify_checkpoint, write_checkpoint
 from training.errors import CheckpointError, CheckpointWriteError
+from training.manifest import MANIFEST
 from training.optimizer_state import OptimizerState, load_optimizer_tensors, optimizer_to_tensors
 from training.secrets import mask_secrets
 from training.start import CHECKPOINTS, Fresh, Pretrained, Resume, StartState, choose_start, decide_start
@@ -329,6 +330,16 @@ def versions() -> dict[str, str]:
 # ---- load
 
 
+def verify_weights(source: str) -> None:
+    """Compares the weights of a checkpoint folder with its manifest; another source has none to compare with.
+
+    Raises CheckpointError when they differ.
+    """
+    folder = Path(source).parent if Path(source).name == MODEL_FILE else Path(source)
+    if (folder / MANIFEST).is_file():
+        verify_checkpoint(folder, only=(MODEL_FILE, MODEL_CONFIG_FILE))
+
+
 @dataclass(frozen=True)
 class LoadedCheckpoint:
     """A checkpoint's content. Tensors are mapped files: bytes are read when used, once per host for all its ranks."""
@@ -387,5 +398,6 @@ __all__ = [
     "load_optimizer_tensors",
     "optimizer_to_tensors",
     "step_name",
+    "verify_weights",
     "versions",
 ]

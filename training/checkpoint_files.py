@@ -213,12 +213,16 @@ def _describe_failure(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]],
 # ---- verify and find
 
 
-def verify_checkpoint(folder: Path, *, checksums: bool = True) -> Manifest:
+def verify_checkpoint(folder: Path, *, checksums: bool = True, only: Collection[str] = ()) -> Manifest:
     """The manifest of a whole checkpoint. Reads every byte unless `checksums` is false (then sizes only).
 
-    Raises CheckpointError that says what is wrong.
+    only: look at these files alone, and say of these alone what the manifest says. Raises CheckpointError that says
+    what is wrong.
     """
     manifest = _read_manifest(folder)
+    if only:
+        files = {name: entry for name, entry in manifest.files.items() if name in only}
+        manifest = dataclasses.replace(manifest, files=files)
     for name, entry in manifest.files.items():
         size = _size_of(folder / name)
         if size != entry.size:

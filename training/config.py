@@ -85,7 +85,8 @@ class ModelConfig:
         "ViT-B-32", "a name of models.list_models(), or a path to a JSON or YAML file in OpenCLIP's schema"
     )
     pretrained: str | None = option(
-        None, "weights to start from: checkpoint folder, .safetensors or OpenCLIP .pt, path or URL"
+        None,
+        "weights to start from: checkpoint folder, .safetensors, OpenCLIP .pt, or transformers' folder; path or URL",
     )
     precision: str = option(
         "amp_bfloat16",
@@ -102,6 +103,11 @@ class ModelConfig:
         choices=("auto", "cut", "full"),
     )
     force_patch_dropout: float | None = option(None, "share of image tokens dropped in training")
+    force_drop_path: float | None = option(
+        None,
+        "stochastic depth in a timm image tower: share of rows that skip its last block, linear from 0 at the first",
+    )
+    force_head_dropout: float | None = option(None, "dropout in the head of a timm image tower")
     grad_checkpointing: bool = option(
         False, "recompute blocks in the backward pass instead of keeping their activations"
     )

@@ -20,6 +20,7 @@ from training.checkpoint import (
     StartState,
     load_checkpoint,
     load_optimizer_tensors,
+    verify_weights,
 )
 from training.combinations import uses_lora
 from training.config import ModelConfig, OptimConfig, TrainConfig, from_flat
@@ -73,6 +74,8 @@ def resolve_model(config: TrainConfig) -> models.ModelConfig:
         context_length=section.force_context_length,
         quick_gelu=True if section.force_quick_gelu else None,
         patch_dropout=section.force_patch_dropout,
+        drop_path=section.force_drop_path,
+        head_dropout=section.force_head_dropout,
         image_mean=image.image_mean,
         image_std=image.image_std,
         image_interpolation=image.image_interpolation,
@@ -220,6 +223,7 @@ def restore(learner: Learner, loaded: LoadedCheckpoint) -> None:
 
 
 def _load_pretrained(model: models.CLIP, source: str) -> None:
+    verify_weights(source)
     for line in str(models.load_pretrained(model, source)).splitlines():
         log.info("%s", line)
 

@@ -10,6 +10,7 @@ import logging
 import torch.distributed as dist
 
 import models
+from training.checkpoint import verify_weights
 from training.config import ModelConfig
 from training.distributed import World
 from training.errors import ConfigError
@@ -62,6 +63,7 @@ def build_teacher(section: ModelConfig, config: models.ModelConfig | None, world
     with world.collectively("--distill-pretrained"):
         if world.is_main:
             assert section.distill_pretrained is not None, "the rules ask for it"
+            verify_weights(section.distill_pretrained)
             report = models.load_pretrained(teacher, section.distill_pretrained)
             log.info("teacher: %s, %s", section.distill_model, report)
     teacher = teacher.to(world.device).eval().requires_grad_(False)

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from tests.training.conftest import FakeWorld
 from training import checkpoint, checkpoint_files
-from training.checkpoint import Checkpointer, HostCopy, Progress, epoch_name, load_checkpoint, step_name
+from training.checkpoint import (
+    Checkpointer,
+    HostCopy,
+    Progress,
+    epoch_name,
+    load_checkpoint,
+    step_name,
+    verify_weights,
+)
 from training.checkpoint_files import find_latest, list_checkpoints, verify_checkpoint
 from training.errors import EXIT_FAILED, CheckpointError, CheckpointWriteError
 
@@ -336,3 +344,26 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Pa
     losses += steps(second, second_optimizer, 4, 10)
     assert torch.equal(torch.stack(losses), torch.stack(expected))
     assert all(torch.equal(a, b) for a, b in zip(second.parameters(), model.parameters(), strict=True))
+
+
+# ---- weights alone
+
+
+@pytest.mark.parametrize("source", ["epoch_1", "epoch_1/model.safetensors"])
+def test_weights_that_differ_from_their_manifest_are_named(tmp_path: Path, world: FakeWorld, source: str) -> None:
+    with Checkpointer(tmp_path, world) as checkpointer:
+        checkpointer.save(epoch_name(1), **content(10))
+    verify_weights(str(tmp_path / source))
+    (tmp_path / "epoch_1" / "optimizer.safetensors").unlink()  # another matter
+    verify_weights(str(tmp_path / source))
+    weights = bytearray((tmp_path / "epoch_1" / "model.safetensors").read_bytes())
+    weights[-1] ^= 0x10
+    (tmp_path / "epoch_1" / "model.safetensors").write_bytes(weights)
+    with pytest.raises(CheckpointError, match=r"epoch_1: model\.safetensors is damaged"):
+        verify_weights(str(tmp_path / source))
+
+
+def test_weights_without_a_manifest_have_nothing_to_differ_from(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"anything")
+    for source in (tmp_path, tmp_path / "model.safetensors", tmp_path / "none.pt", "s3://bucket/epoch_1"):
+        verify_weights(str(source))

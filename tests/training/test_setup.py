@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import models
+from models.row_draws import RowDropout, RowDropPath, row_keys
 from tests.helpers.gloo import run_ranks
 from training.checkpoint import Checkpointer, optimizer_to_tensors
 from training.checkpoint import Progress as Done
@@ -112,3 +113,47 @@ def test_weights_are_read_by_rank_0_alone_and_of_the_optimiser_s_state_only_a_ra
     assert all((0.4 < share < 0.7) if fsdp else share > 0.95 for _, share, _ in (main, other))
     # Python's own modules are read too; the checkpoint's 39 MiB are not.
     assert max(main[2], other[2]) < 20 * 2**20
+
+
+def _with_drops(model: str = "tiny-test-timm", **section: float) -> TrainConfig:
+    return TrainConfig(model=ModelSection(model=model, **section))  # type: ignore[arg-type]
+
+
+def test_drops_reach_the_layers_of_the_trunk_and_of_the_head() -> None:
+    config = resolve_model(_with_drops(force_drop_path=0.5, force_head_dropout=0.25))
+    assert (config.vision_cfg.timm_drop_path, config.vision_cfg.timm_drop) == (0.5, 0.25)
+    model = models.build_model(config)
+    paths = [float(m.share) for m in model.visual.trunk.modules() if isinstance(m, RowDropPath)]
+    heads = [m.share for m in model.visual.head.modules() if isinstance(m, RowDropout)]
+    assert max(paths) == 0.5 and paths == sorted(paths)  # linear in the depth
+    assert heads == [0.25]
+
+
+def test_dropping_follows_the_rows_and_not_the_batch_they_are_in() -> None:
+    torch.manual_seed(0)
+    model = models.build_model(resolve_model(_with_drops(force_drop_path=0.5, force_head_dropout=0.5))).train()
+    image, keys = torch.randn(6, 3, 64, 64), row_keys(7, 0, 6, torch.device("cpu"))
+    model.row_draws.keys = keys
+    whole = model.encode_image(image)
+    model.row_draws.keys = keys[2:4]
+    torch.testing.assert_close(model.encode_image(image[2:4]), whole[2:4], rtol=1e-4, atol=1e-5)
+    model.row_draws.keys = keys + 1
+    assert not torch.allclose(model.encode_image(image), whole, atol=1e-3)
+
+
+def test_no_drops_are_no_layers_that_drop() -> None:
+    model = models.build_model(resolve_model(_with_drops(force_drop_path=0.0, force_head_dropout=0.0)))
+    assert not [m for m in model.modules() if isinstance(m, RowDropPath | RowDropout)]
+
+
+@pytest.mark.parametrize(
+    ("model", "drops", "message"),
+    [
+        ("tiny-test", {"force_drop_path": 0.1}, "stochastic depth 0.1: the image tower of tiny-test is no timm trunk"),
+        ("tiny-test-rn", {"force_head_dropout": 0.1}, "head dropout 0.1: the image tower of tiny-test-rn is no timm"),
+        ("tiny-test-timm", {"force_drop_path": 1.0}, r"stochastic depth must be in \[0, 1\), got 1.0"),
+    ],
+)
+def test_what_a_tower_cannot_drop_is_refused(model: str, drops: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve_model(_with_drops(model, **drops))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import models
-from training.checkpoint import CHECKPOINTS, EMA_FILE, MODEL_CONFIG_FILE
+from training.checkpoint import CHECKPOINTS, EMA_FILE, MODEL_CONFIG_FILE, verify_weights
 from training.checkpoint_files import find_latest
 from training.config import DataConfig, EvalConfig
 from training.distributed import World
@@ -44,6 +44,7 @@ def find_model(checkpoint: str, model: str | None, averaged: bool = False) -> tu
 def load_model(checkpoint: str, model: str | None, world: World, averaged: bool = False) -> models.CLIP:
     """What `find_model` finds, on the rank's device. Raises ConfigError or CheckpointError."""
     name, weights = find_model(checkpoint, model, averaged)
+    verify_weights(weights)
     return models.create_model(name, weights, device=world.device)
 
 
