@@ -146,6 +146,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _check_vision(self.vision_cfg)
         _check_text(self.text_cfg)
+        if self.text_cfg.hf_model_name and not self.custom_text:
+            raise ConfigError("custom_text must be true for a tower of transformers: its keys are under text.")
         if pair(self.preprocess.size) != pair(self.vision_cfg.image_size):
             raise ConfigError(
                 f"preprocess_cfg.size {self.preprocess.size} differs from vision_cfg.image_size "
@@ -164,6 +166,8 @@ class ModelConfig:
         if isinstance(vision, Mapping):
             preprocess.setdefault("size", vision.get("image_size", VisionConfig.image_size))
         settings.setdefault("name", name)
+        if text := settings.get("text_cfg"):
+            _settle_hf_text(settings, text)
         settings["preprocess"] = preprocess
         return decode(cls, settings)
 
@@ -190,11 +194,12 @@ def config_with(
     image_resize_mode: str | None = None,
     init_logit_scale: float | None = None,
     init_logit_bias: float | None = None,
+    tokenizer: str | None = None,
 ) -> ModelConfig:
     """A copy with some settings changed; None, and an empty sequence, leave a setting as it is."""
     size = _as_size(image_size)
     vision = _replace(config.vision_cfg, image_size=size, patch_dropout=patch_dropout)
-    text = _replace(config.text_cfg, context_length=context_length)
+    text = _replace(config.text_cfg, context_length=context_length, hf_tokenizer_name=tokenizer)
     preprocess = _replace(
         config.preprocess,
         size=size,
@@ -251,9 +256,20 @@ def _unwrap(raw: Any) -> dict[str, Any]:
         settings.setdefault("preprocess_cfg", preprocess)
     if "multimodal_cfg" in settings:
         raise ConfigError("multimodal_cfg: CoCa models are not supported")
+    # A checkpoint's own, see `models.provenance`.
+    settings.pop("tokenizer", None)
     if settings.pop("nonscalar_logit_scale", False):
         raise ConfigError("nonscalar_logit_scale: only a scalar logit scale is supported")
     return settings
+
+
+def _settle_hf_text(settings: dict[str, Any], text: Any) -> None:
+    """A tower of transformers is a module of its own, said or not; OpenCLIP writes a missing projection as null."""
+    if not isinstance(text, Mapping) or not text.get("hf_model_name"):
+        return
+    settings["custom_text"] = True
+    if "hf_proj_type" in text and text["hf_proj_type"] is None:
+        settings["text_cfg"] = {**text, "hf_proj_type": "none"}
 
 
 def _check_vision(vision: VisionConfig) -> None:

@@ -67,6 +67,14 @@ class TextLayers(nn.Module):
             return self.text_projection(pooled_BD)
         return pooled_BD @ self.text_projection
 
+    def blocks(self) -> list[nn.Module]:
+        """The repeated blocks: the units to compile, shard and recompute."""
+        return list(self.transformer.blocks())
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes each block in the backward pass instead of keeping its activations."""
+        self.transformer.grad_checkpointing = enable
+
     def _pooled(self, tokens: Tensor) -> Tensor:
         hidden_BLD = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         hidden_BLD = self.transformer(hidden_BLD, is_causal=not self.text_config.no_causal_mask)

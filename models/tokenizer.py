@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ftfy
 import ftfy.fixes
@@ -29,6 +30,9 @@ from torch import Tensor
 
 from models.config import TextConfig
 from models.errors import ConfigError
+
+if TYPE_CHECKING:
+    from models.hf_tokenizer import HFTokenizer
 
 _VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"
 _VOCABULARY_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
@@ -52,6 +56,25 @@ _MAX_REMEMBERED_WORDS = 65536
 _MAX_REMEMBERED_LENGTH = 48
 
 
+class Tokenizer(Protocol):
+    """What a model's tokenizer is to everyone else: picklable, and cheap where it is not used."""
+
+    context_length: int
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def pad_id(self) -> int: ...
+    @property
+    def eos_id(self) -> int | None: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def encode(self, text: str) -> list[int]: ...
+    def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor: ...
+
+
 class ClipTokenizer:
     """Texts to rows of token ids, padded with 0. Cheap to create and to pickle: tables load at first use.
 
@@ -62,6 +85,8 @@ class ClipTokenizer:
     vocab_size = _EOT_ID + 1
     eot_id = _EOT_ID
     sot_id = _SOT_ID
+    eos_id = _EOT_ID
+    pad_id = 0
 
     def __init__(self, context_length: int = 77) -> None:
         self.context_length = context_length
@@ -109,24 +134,57 @@ class ClipTokenizer:
         return ids
 
 
-def build_tokenizer(config: TextConfig, context_length: int | None = None) -> ClipTokenizer:
-    """The tokenizer of a text tower. Raises ConfigError where that is not CLIP's own."""
-    for key in ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"):
-        if getattr(config, key) is not None:
-            raise ConfigError(f"text_cfg.{key}: only CLIP's own tokenizer is supported")
-    if config.vocab_size < ClipTokenizer.vocab_size:
+def build_tokenizer(config: TextConfig, context_length: int | None = None) -> ClipTokenizer | HFTokenizer:
+    """The tokenizer of a text tower. Raises ConfigError where it is not on this machine, or does not fit the tower."""
+    length = context_length or config.context_length
+    tokenizer: ClipTokenizer | HFTokenizer
+    if config.hf_tokenizer_name:
+        # Imported here because it is an extra.
+        from models.hf_tokenizer import HFTokenizer, hf_options
+
+        options = hf_options(config.tokenizer_kwargs, config.tokenizer_mode)
+        tokenizer = HFTokenizer(config.hf_tokenizer_name, length, options)
+    else:
+        for key in ("tokenizer_mode", "tokenizer_kwargs"):
+            if getattr(config, key):
+                raise ConfigError(f"text_cfg.{key} is for tokenizers of hf_tokenizer_name; CLIP's own has none")
+        tokenizer = ClipTokenizer(length)
+    _check_fits(tokenizer, config)
+    return tokenizer
+
+
+def _check_fits(tokenizer: Tokenizer, config: TextConfig) -> None:
+    """Ids that the tower has no row for, or takes for something else, would train without a word."""
+    name, vocab_size, pad_id = tokenizer.name, config.vocab_size, config.pad_id
+    if config.hf_model_name:
+        from models.hf_text import read_hf_config
+
+        encoder: Any = read_hf_config(config)
+        vocab_size, pad_id = encoder.vocab_size, encoder.pad_token_id
+    if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
-            f"text_cfg.vocab_size {config.vocab_size} is smaller than the tokenizer's {ClipTokenizer.vocab_size}"
+            f"text_cfg.vocab_size {vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} ({name})"
         )
-    return ClipTokenizer(context_length or config.context_length)
+    masks_padding = config.hf_model_name or config.embed_cls
+    if masks_padding and tokenizer.pad_id != pad_id:
+        raise ConfigError(f"the tokenizer {name} pads with {tokenizer.pad_id}, but the text tower masks {pad_id}")
+    if config.hf_model_name:
+        return
+    if config.pool_type == "eos" and tokenizer.eos_id != config.eos_id:
+        raise ConfigError(f"text_cfg.eos_id {config.eos_id}: the tokenizer {name} ends texts with {tokenizer.eos_id}")
+    if config.pool_type == "argmax" and tokenizer.eos_id != tokenizer.vocab_size - 1:
+        raise ConfigError(
+            f"text_cfg.pool_type argmax pools the largest id, which is not the end of a text ({tokenizer.eos_id}) in "
+            f"the tokenizer {name}: use eos with its eos_id, or last"
+        )
 
 
 def _words(text: str) -> list[str]:
     """Cleaned, lower-cased, split at whitespace, which no token crosses."""
-    return _clean(text).lower().split()
+    return clean_text(text).lower().split()
 
 
-def _clean(text: str) -> str:
+def clean_text(text: str) -> str:
     """ftfy's repairs, then HTML entities unescaped twice."""
     if _is_plain(text) and "&" not in text:
         return text

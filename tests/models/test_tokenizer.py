@@ -79,7 +79,7 @@ def test_rows_equal_openclips_at_any_context_length(openclip, context_length: in
 @example("Ã\u0327©")
 @settings(max_examples=400, deadline=None)
 def test_the_short_way_of_cleaning_equals_ftfys(text: str) -> None:
-    assert module._clean(text) == html.unescape(html.unescape(ftfy.fix_text(text)))
+    assert module.clean_text(text) == html.unescape(html.unescape(ftfy.fix_text(text)))
 
 
 def test_every_character_that_ftfy_suspects_is_looked_for() -> None:
