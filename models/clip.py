@@ -8,6 +8,7 @@ L text tokens, D tower width, E embedding size, H heads, K head size, V vocabula
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -50,6 +51,7 @@ class CLIP(TextLayers):
         else:
             self.add_text_layers(config.text_cfg, config.embed_dim, config.quick_gelu)
         self.row_draws = draw_by_rows(self)
+        self._frozen_statistics: list[nn.Module] = []
 
     def forward(
         self, image: Tensor | None = None, text: Tensor | None = None, text_plan: TextPlan | None = None
@@ -88,11 +90,22 @@ class CLIP(TextLayers):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes each block of both towers in the backward pass instead of keeping its activations."""
         self.visual.set_grad_checkpointing(enable)
-        self.text_tower.set_grad_checkpointing(enable)
+        self.text_tower.set_text_checkpointing(enable)
+
+    def freeze_statistics(self, norms: Iterable[nn.Module]) -> None:
+        """Batch norms that from now on stay in evaluation mode, whatever the model's mode is."""
+        self._frozen_statistics += norms
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> CLIP:
+        super().train(mode)
+        for norm in self._frozen_statistics:
+            norm.eval()
+        return self
 
     def blocks(self) -> list[nn.Module]:
         """The repeated blocks of both towers, image first: the units to compile, shard and recompute."""
-        return [*self.visual.blocks(), *self.text_tower.blocks()]
+        return [*self.visual.blocks(), *self.text_tower.text_blocks()]
 
     def no_weight_decay(self) -> set[str]:
         """State-dict keys of parameters with two or more dimensions that should not decay, and the temperature's."""

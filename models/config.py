@@ -110,6 +110,22 @@ class TextConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MultimodalConfig:
+    """CoCa's decoder. `n_queries`, `attn_pooler_heads` and `dim_head` are in the schema and alter nothing."""
+
+    context_length: int = 77
+    vocab_size: int = 49408
+    width: int = 512
+    heads: int = 8
+    layers: int = 12
+    mlp_ratio: float = 4.0
+    ls_init_value: float | None = None
+    dim_head: int = 64
+    n_queries: int = 256
+    attn_pooler_heads: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreprocessConfig:
     """How an image becomes the tower's input. `size` is one side, or (height, width), in pixels."""
 
@@ -141,6 +157,7 @@ class ModelConfig:
     custom_text: bool = False
     init_logit_scale: float = math.log(1 / 0.07)
     init_logit_bias: float | None = None
+    multimodal_cfg: MultimodalConfig | None = None
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
 
     def __post_init__(self) -> None:
@@ -165,6 +182,8 @@ class ModelConfig:
         vision = settings.get("vision_cfg")
         if isinstance(vision, Mapping):
             preprocess.setdefault("size", vision.get("image_size", VisionConfig.image_size))
+            # OpenCLIP writes both; to it they mean the same.
+            settings["vision_cfg"] = {**vision, "timm_proj": vision.get("timm_proj", VisionConfig.timm_proj) or ""}
         settings.setdefault("name", name)
         if text := settings.get("text_cfg"):
             _settle_hf_text(settings, text)
@@ -254,8 +273,6 @@ def _unwrap(raw: Any) -> dict[str, Any]:
         preprocess = settings.get("preprocess_cfg")
         settings = dict(settings["model_cfg"])
         settings.setdefault("preprocess_cfg", preprocess)
-    if "multimodal_cfg" in settings:
-        raise ConfigError("multimodal_cfg: CoCa models are not supported")
     # A checkpoint's own, see `models.provenance`.
     settings.pop("tokenizer", None)
     if settings.pop("nonscalar_logit_scale", False):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from models.config import TextConfig
 from models.errors import ConfigError
 from models.hf_files import local_folder, transformers
+from models.layer_groups import Prefixes, stack_groups
 from models.unpadded import TextPlan, why_padding_counts
 
 
@@ -78,17 +79,27 @@ class HFTextTower(nn.Module):
         output = self.transformer(input_ids=tokens, attention_mask=mask_BL.long())
         return self.proj(self._pool(output, mask_BL))
 
-    def blocks(self) -> list[nn.Module]:
+    def text_blocks(self) -> list[nn.Module]:
         """The encoder's layers: the units to compile, shard and recompute."""
         return list(self.transformer.get_submodule(ARCHITECTURES[self.hf_config.model_type].blocks))
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
+    def layer_groups(self) -> Prefixes:
+        """Parameters of one distance from the output, from the embeddings to the projection."""
+        stem = ("transformer.embeddings", "transformer.embed_tokens")
+        after = ("transformer.pooler", "transformer.final_layer_norm", "transformer.layer_norm")
+        stack = f"transformer.{ARCHITECTURES[self.hf_config.model_type].blocks}"
+        return stack_groups(stem, stack, len(self.text_blocks()), after, "proj")
+
+    def set_text_checkpointing(self, enable: bool = True) -> None:
         """Recomputes each layer in the backward pass instead of keeping its activations."""
         switch = "enable" if enable else "disable"
         # Renamed in transformers 5; what recomputes reentrantly does not work with DDP's static graph and FSDP2.
         call = getattr(self.transformer, f"activation_checkpointing_{switch}", None)
         call = call or getattr(self.transformer, f"gradient_checkpointing_{switch}")
         call({"use_reentrant": False}) if enable else call()
+        if enable and hasattr(self.transformer, "_require_grads_hook"):
+            # Embeddings that must have a gradient are for adapters; they would cost a locked tower a backward pass.
+            self.transformer.disable_input_require_grads()
 
     @torch.no_grad()
     def load_published_weights(self) -> str:

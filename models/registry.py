@@ -1,4 +1,8 @@
-"""Which models have a name: one YAML file each in `configs/models`. Reads files, builds nothing."""
+"""Which models have a name: one YAML file each in `configs/models`. Reads files, builds nothing.
+
+A file states what differs from the schema's defaults, or, with `base: NAME`, from the model of that name: its
+sections (vision_cfg, text_cfg, ...) are then laid over the base's, setting by setting.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +37,33 @@ def load_model_config(name_or_path: str) -> ModelConfig:
         nearest = did_you_mean(name_or_path, list_models())
         raise ConfigError(f"unknown model {name_or_path!r}{nearest}. A path to a JSON or YAML file is taken too")
     path = Path(name_or_path) if is_path else named
-    raw = _parse(path)
     try:
-        return ModelConfig.from_dict(raw, name=path.stem)
+        return ModelConfig.from_dict(_with_base(_parse(path), (path.stem,)), name=path.stem)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def _with_base(raw: Any, trail: tuple[str, ...]) -> Any:
+    """`raw` over its base, if it has one. `trail`: the names that led here."""
+    if not isinstance(raw, dict) or "base" not in raw:
+        return raw
+    own = dict(raw)
+    base = own.pop("base")
+    path = CONFIG_DIR / f"{base}.yaml"
+    if base in trail:
+        raise ConfigError(f"base: {' -> '.join((*trail, base))} never ends")
+    if not path.is_file():
+        raise ConfigError(f"base: unknown model {base!r}{did_you_mean(str(base), list_models())}")
+    return _laid_over(_with_base(_parse(path), (*trail, base)), own)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Settings of both, `above` first; sections one by one."""
+    merged = dict(below)
+    for key, value in above.items():
+        both_sections = isinstance(value, dict) and isinstance(below.get(key), dict)
+        merged[key] = below[key] | value if both_sections else value
+    return merged
 
 
 def _parse(path: Path) -> Any:

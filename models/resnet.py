@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from models.config import VisionConfig, pair
+from models.layer_groups import Prefixes
 
 
 class Bottleneck(nn.Module):
@@ -118,6 +119,10 @@ class ModifiedResNet(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         return {"attnpool.positional_embedding"}
+
+    def layer_groups(self) -> Prefixes:
+        stem = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")
+        return [stem, ("layer1",), ("layer2",), ("layer3",), ("layer4",), ("attnpool",)]
 
     def _stem(self, image: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(image)))

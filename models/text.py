@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.config import TextConfig
+from models.layer_groups import Prefixes, stack_groups
 from models.layers import LayerNorm, ResidualAttentionBlock, Transformer, activation_factory
 from models.unpadded import TextPlan, plan_text, why_padding_counts
 
@@ -49,6 +50,13 @@ class TextLayers(nn.Module):
             raise ValueError(f"this tower needs all positions: {reason}")
         return plan_text(self._pooled_positions(tokens) + 1, tokens.shape[1], multiple=multiple)
 
+    def layer_groups(self) -> Prefixes:
+        """See `models.layer_groups`."""
+        stem = ("token_embedding", "positional_embedding", "cls_emb")
+        return stack_groups(
+            stem, "transformer.resblocks", len(self.transformer.resblocks), ("ln_final",), "text_projection"
+        )
+
     def text_features(self, tokens: Tensor, plan: TextPlan | None = None) -> Tensor:
         """Token ids [B,L] to features [B,E], not normalised; with the `plan` of these tokens, without padding.
 
@@ -67,11 +75,11 @@ class TextLayers(nn.Module):
             return self.text_projection(pooled_BD)
         return pooled_BD @ self.text_projection
 
-    def blocks(self) -> list[nn.Module]:
+    def text_blocks(self) -> list[nn.Module]:
         """The repeated blocks: the units to compile, shard and recompute."""
         return list(self.transformer.blocks())
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
+    def set_text_checkpointing(self, enable: bool = True) -> None:
         """Recomputes each block in the backward pass instead of keeping its activations."""
         self.transformer.grad_checkpointing = enable
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import timm
 from timm.layers import AttentionPool2d, Mlp, RotAttentionPool2d, resample_abs_pos_embed
-from timm.models import get_pretrained_cfg
+from timm.models import get_pretrained_cfg, group_parameters
 from torch import Tensor, nn
 
 from models.config import VisionConfig, pair
 from models.decode import did_you_mean
 from models.errors import ConfigError
+from models.layer_groups import Prefixes
 
 _ATTENTION_POOLS = ("abs_attn", "rot_attn")
 _HEADS = ("linear", "mlp")
@@ -53,6 +54,12 @@ class TimmTower(nn.Module):
     def no_weight_decay(self) -> set[str]:
         declared: set[str] = getattr(self.trunk, "no_weight_decay", set)()
         return {f"trunk.{name}" for name in declared}
+
+    def layer_groups(self) -> Prefixes:
+        """timm's own groups of the trunk, by its numbers for them, then the head."""
+        by_number = group_parameters(self.trunk, self.trunk.group_matcher(coarse=False))
+        trunk = [[f"trunk.{name}" for name in names] for _, names in sorted(by_number.items())]
+        return [*trunk, ["head"]]
 
     @property
     def grid_size(self) -> tuple[int, int] | None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from models.config import VisionConfig, pair
+from models.layer_groups import Prefixes, stack_groups
 from models.layers import LayerNorm, ResidualAttentionBlock, Transformer, activation_factory
 from models.row_draws import PatchDropout
 
@@ -53,6 +54,10 @@ class VisionTransformer(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         return {"class_embedding", "positional_embedding"}
+
+    def layer_groups(self) -> Prefixes:
+        stem = ("conv1", "class_embedding", "positional_embedding", "ln_pre")
+        return stack_groups(stem, "transformer.resblocks", len(self.blocks()), ("ln_post",), "proj")
 
     def _embed(self, image: Tensor) -> Tensor:
         patches_BND = self.conv1(image).flatten(2).transpose(1, 2)

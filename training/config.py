@@ -105,6 +105,20 @@ class ModelConfig:
     grad_checkpointing: bool = option(
         False, "recompute blocks in the backward pass instead of keeping their activations"
     )
+    lock_image: bool = option(False, "leave the image tower's weights as they are")
+    lock_image_unlocked_groups: int = option(
+        0, "with --lock-image, train its last groups of layers all the same, the projection first"
+    )
+    lock_image_freeze_bn_stats: bool = option(
+        False, "with --lock-image, keep the running statistics of its batch norms too, and normalise by them"
+    )
+    lock_text: bool = option(False, "leave the text tower's weights as they are")
+    lock_text_unlocked_layers: int = option(
+        0, "with --lock-text, train its last layers all the same, the projection first"
+    )
+    lock_text_freeze_layer_norm: bool = option(
+        True, "--lock-text locks layer norms too; --no-lock-text-freeze-layer-norm trains all of the text tower's"
+    )
     distill_model: str | None = option(None, "teacher whose similarities are distilled, as --model names it")
     distill_pretrained: str | None = option(None, "the teacher's weights, in the forms of --pretrained")
 
@@ -121,6 +135,10 @@ class OptimConfig:
     beta2: float | None = option(None, "AdamW beta2 (0.98 for ViT, else 0.999)")
     eps: float | None = option(None, "AdamW epsilon (1e-6 for ViT, else 1e-8)")
     wd: float = option(0.2, "weight decay of matrices and convolutions")
+    image_layer_decay: float | None = option(
+        None, "factor of the learning rate for each group of layers further from the image tower's output, e.g. 0.8"
+    )
+    text_layer_decay: float | None = option(None, "the same in the text tower")
     warmup: int | None = option(None, "steps of linear warm-up (10000, unless --warmup-samples is given)")
     warmup_samples: int | None = option(
         None, "length of the warm-up in samples instead, so that it stays the same at another global batch"

@@ -1,8 +1,9 @@
-"""AdamW and its two parameter groups. Knows names and shapes of parameters, nothing of their owners."""
+"""AdamW and its parameter groups. Knows names and shapes of parameters, nothing of their owners."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,11 @@ def parameter_names(model: nn.Module) -> dict[Tensor, str]:
 
 
 def is_decayed(name: str, parameter: Tensor, exempt: Collection[str]) -> bool:
-    """Matrices and convolutions decay; gains, biases, the temperature and what the model exempts do not."""
-    return parameter.ndim >= 2 and name not in exempt
+    """Matrices and convolutions decay; gains, biases, the temperature and what the model exempts do not.
+
+    A gain may be [C, 1, 1], and a query [1, 1, D]: what counts are dimensions longer than 1.
+    """
+    return sum(length > 1 for length in parameter.shape) >= 2 and name not in exempt
 
 
 def adamw_settings(optim: OptimConfig, model_name: str) -> tuple[float, float, float]:
@@ -34,15 +38,27 @@ def adamw_settings(optim: OptimConfig, model_name: str) -> tuple[float, float, f
     return beta1, beta2, eps
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig, model_name: str, exempt: Iterable[str]) -> torch.optim.AdamW:
-    """Fused AdamW over [not decayed, decayed]."""
-    exempt = set(exempt)
-    named = named_trainable(model)
-    decayed = [p for name, p in named if is_decayed(name, p, exempt)]
-    others = [p for name, p in named if not is_decayed(name, p, exempt)]
+def build_optimizer(
+    model: nn.Module,
+    optim: OptimConfig,
+    model_name: str,
+    exempt: Iterable[str],
+    scales: Mapping[str, float] | None = None,
+) -> torch.optim.AdamW:
+    """Fused AdamW over [not decayed, decayed], for each factor of the learning rate.
+
+    scales: these factors by parameter name; 1 for the others.
+    """
+    exempt, scales = set(exempt), scales or {}
+    grouped: defaultdict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in named_trainable(model):
+        grouped[scales.get(name, 1.0), is_decayed(name, parameter, exempt)].append(parameter)
     beta1, beta2, eps = adamw_settings(optim, model_name)
-    groups = [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": optim.wd}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=optim.lr, betas=(beta1, beta2), eps=eps, fused=True)
+    groups = [
+        {"params": parameters, "weight_decay": optim.wd * decays, "lr_scale": scale}
+        for (scale, decays), parameters in sorted(grouped.items(), key=lambda entry: entry[0])
+    ]
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(beta1, beta2), eps=eps, fused=True)
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
@@ -51,9 +67,11 @@ def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
     others = [p for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]]
     (beta1, beta2), eps = optimizer.defaults["betas"], optimizer.defaults["eps"]
     decay = max(group["weight_decay"] for group in optimizer.param_groups)
+    scales = [group["lr_scale"] for group in optimizer.param_groups]
+    slowest = f"; learning rates down to {min(scales):.3g} of --lr" if min(scales) < 1 else ""
     return (
         f"AdamW, betas {beta1:g} and {beta2:g}, eps {eps:g}; decay {decay:g} on {_size_of(decayed)} (matrices and "
-        f"convolutions), none on {_size_of(others)} (gains, biases, positions, class tokens, temperature)"
+        f"convolutions), none on {_size_of(others)} (gains, biases, positions, class tokens, temperature){slowest}"
     )
 
 
@@ -62,6 +80,6 @@ def _size_of(parameters: list[Tensor]) -> str:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The same rate for every group."""
+    """This rate for every group, times the group's factor."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["lr_scale"]

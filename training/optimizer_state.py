@@ -78,10 +78,14 @@ def _by_parameter(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]
 
 
 def _check_names(expected: set[str], found: set[str]) -> None:
-    for what, names in (("missing", expected - found), ("not in this model", found - expected)):
+    for what, names in (("missing", expected - found), ("not of what is trained", found - expected)):
         if names:
             first = ", ".join(sorted(names)[:3])
-            raise CheckpointError(f"optimiser state of {len(names)} parameters is {what}: {first} ...")
+            raise CheckpointError(
+                f"optimiser state of {len(names)} parameters is {what}: {first} ...; a run resumes with "
+                "the parts locked that were, and one that trains others begins from its weights (--pretrained and "
+                "another --name)"
+            )
 
 
 def _decode_all(slots: Mapping[str, Tensor], parameter: Tensor, group: dict[str, Any], name: str) -> dict[str, Any]:

@@ -25,6 +25,7 @@ def _problems(config: TrainConfig) -> Iterator[str]:
     yield from refusals(config)
     yield from _data(config)
     yield from _schedule(config)
+    yield from _fine_tuning(config)
     if config.run.resume == "latest" and config.run.name is None:
         yield "--resume latest needs --name: a name made from the date is another one at every start"
 
@@ -102,6 +103,28 @@ def _refused(build: Callable[[], object]) -> Iterator[str]:
         build()
     except DataConfigError as error:
         yield str(error)
+
+
+def _fine_tuning(config: TrainConfig) -> Iterator[str]:
+    model, optim = config.model, config.optim
+    for name, count in (
+        ("lock-image-unlocked-groups", model.lock_image_unlocked_groups),
+        ("lock-text-unlocked-layers", model.lock_text_unlocked_layers),
+    ):
+        if count < 0:
+            yield f"--{name} must not be negative, got {count}"
+    companions = (
+        (model.lock_image, model.lock_image_unlocked_groups, "--lock-image-unlocked-groups", "--lock-image"),
+        (model.lock_image, model.lock_image_freeze_bn_stats, "--lock-image-freeze-bn-stats", "--lock-image"),
+        (model.lock_text, model.lock_text_unlocked_layers, "--lock-text-unlocked-layers", "--lock-text"),
+        (model.lock_text, not model.lock_text_freeze_layer_norm, "--no-lock-text-freeze-layer-norm", "--lock-text"),
+    )
+    for is_locked, is_given, flag, lock in companions:
+        if is_given and not is_locked:
+            yield f"{flag} needs {lock}"
+    for name, decay in (("image", optim.image_layer_decay), ("text", optim.text_layer_decay)):
+        if decay is not None and not 0 < decay <= 1:
+            yield f"--{name}-layer-decay is a factor above 0 and at most 1, got {decay:g}"
 
 
 def _schedule(config: TrainConfig) -> Iterator[str]:

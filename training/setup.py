@@ -10,6 +10,7 @@ import torch
 
 import data
 import models
+from models.locks import Lock, layer_scales, lock_towers
 from training.checkpoint import (
     LoadedCheckpoint,
     Pretrained,
@@ -19,7 +20,7 @@ from training.checkpoint import (
     load_checkpoint,
     load_optimizer_tensors,
 )
-from training.config import TrainConfig, from_flat
+from training.config import ModelConfig, TrainConfig, from_flat
 from training.distributed import World
 from training.errors import ConfigError
 from training.losses.objective import build_objective
@@ -121,6 +122,7 @@ def build_learner(
     """Model and optimiser in their start state, equal on all ranks."""
     torch.manual_seed(config.run.seed)
     model = models.build_model(model_config).to(world.device)
+    lock_as_told(model, config.model)
     # Only rank 0 reads weights: wrapping the model sends them to the others.
     with world.collectively("loading weights"):
         if world.is_main and isinstance(start, Pretrained):
@@ -128,11 +130,19 @@ def build_learner(
         if world.is_main and loaded is not None:
             _load_resumed(model, loaded)
     wrapped = parallelize(model, config.model, config.cluster, world)  # Collective:
-    optimizer = build_optimizer(model, config.optim, model_config.name, model.no_weight_decay())
+    scales = layer_scales(model, config.optim.image_layer_decay, config.optim.text_layer_decay)
+    optimizer = build_optimizer(model, config.optim, model_config.name, model.no_weight_decay(), scales)
     with world.collectively("loading the optimiser's state"):
         if loaded is not None:
             load_optimizer_tensors(optimizer, parameter_names(model), loaded.optimizer)
     return Learner(model, wrapped, optimizer, _loss_scale(config, loaded, world))
+
+
+def lock_as_told(model: models.CLIP, section: ModelConfig) -> None:
+    """What --lock-image and --lock-text and their companions say."""
+    image = Lock(section.lock_image_unlocked_groups, section.lock_image_freeze_bn_stats)
+    text = Lock(section.lock_text_unlocked_layers, freeze_norms=section.lock_text_freeze_layer_norm)
+    lock_towers(model, image if section.lock_image else None, text if section.lock_text else None)
 
 
 def _loss_scale(config: TrainConfig, loaded: LoadedCheckpoint | None, world: World) -> LossScale | None:
@@ -274,7 +284,9 @@ def describe_model(model: models.CLIP, config: TrainConfig) -> str:
     """One line for the console: name, parameters in all and by tower, arithmetic."""
     total = sum(p.numel() for p in model.parameters())
     visual = sum(p.numel() for p in model.visual.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    locked = "" if trained == total else f", of which {trained / 1e6:.2f} M are trained"
     return (
         f"{config.model.model}, {total / 1e6:.2f} M parameters ({visual / 1e6:.2f} M image, "
-        f"{(total - visual) / 1e6:.2f} M text), {config.model.precision}"
+        f"{(total - visual) / 1e6:.2f} M text){locked}, {config.model.precision}"
     )

@@ -12,7 +12,7 @@ hashing one by one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -90,10 +90,10 @@ class TrainStep:
         grads = list(zip(*(tensor.grad.chunk(len(batches)) for tensor in features.of_samples), strict=True))  # type: ignore[union-attr]
         for i, batch in enumerate(batches[:-1]):
             with without_sync(self.model):
-                torch.autograd.backward(self._forward(batch, step, i).of_samples, grads[i])
+                _backward_where_wanted(self._forward(batch, step, i).of_samples, grads[i])
         last = self._forward(batches[-1], step, len(batches) - 1)
         shared = [tensor.grad for tensor in features.of_model]
-        torch.autograd.backward([*last.of_samples, *last.of_model], [*grads[-1], *shared])
+        _backward_where_wanted([*last.of_samples, *last.of_model], [*grads[-1], *shared])
         return losses
 
     def _forward(
@@ -139,6 +139,13 @@ class TrainStep:
     def _update(self, losses: Losses, rate: float) -> StepResult:
         own = self.witness.take()
         return update(self.model, self.optimizer, losses, rate, own, self.world, self.clip_grad_norm, self.loss_scale)
+
+
+def _backward_where_wanted(outputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """The backward pass from these outputs; those of a tower that is locked whole have none."""
+    wanted = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
+    if wanted:
+        torch.autograd.backward([output for output, _ in wanted], [grad for _, grad in wanted])
 
 
 def draw_seed(seed: int, step: int, rank: int, micro: int) -> int:

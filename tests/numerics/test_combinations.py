@@ -30,7 +30,7 @@ from training.optimizer import build_optimizer
 from training.parallel import parallelize
 from training.precision import LossScale, build_loss_scale
 from training.rules import check_config
-from training.setup import SIGLIP_BIAS, SIGLIP_LOG_SCALE
+from training.setup import SIGLIP_BIAS, SIGLIP_LOG_SCALE, lock_as_told
 from training.sharding import gathering
 from training.step import TrainStep
 from training.witness import Witness, average, average_in_bf16
@@ -71,6 +71,7 @@ class Cell:
     precision: str = "fp32"
     reduce: str = "fp32"
     clip: float | None = 1.0
+    lock: str = ""  # or image, text
 
     @property
     def config(self) -> TrainConfig:
@@ -81,6 +82,9 @@ class Cell:
             model=ModelConfig(
                 grad_checkpointing=self.checkpointing,
                 precision=self.precision,
+                lock_image=self.lock == "image",
+                lock_text=self.lock == "text",
+                lock_text_unlocked_layers=2 if self.lock == "text" else 0,
                 distill_model="a-teacher" if self.has_teacher else None,
                 distill_pretrained="its-weights" if self.has_teacher else None,
             ),
@@ -97,7 +101,8 @@ class Cell:
     @property
     def plain(self) -> Cell:
         """The same training by the plain model, texts with their padding."""
-        return Cell(trunk=self.trunk, loss="clip" if self.loss == "dense" else self.loss, cut_padding=False)
+        loss = "clip" if self.loss == "dense" else self.loss
+        return Cell(trunk=self.trunk, loss=loss, cut_padding=False, lock=self.lock)
 
     @property
     def is_low(self) -> bool:
@@ -126,6 +131,10 @@ FULL = [
     # The loss is outside of the compiled blocks and of the trunks, and where weights lie in memory outside of it.
     if cell.loss == "clip" or not (cell.compiled or cell.wrapper == "ddp-nhwc" or cell.trunk == "convnext")
 ]
+LOCKED = [
+    *product(wrapper=("ddp", "static", "fsdp"), checkpointing=(False, True), accum=(1, 2), lock=("image", "text")),
+    *product(trunk=("vit",), wrapper=("ddp", "fsdp"), compiled=(False, True), lock=("image",)),
+]
 LOW_PRECISION = product(
     trunk=("native", "convnext"),
     wrapper=("ddp", "fsdp"),
@@ -144,6 +153,8 @@ QUICK = [
     Cell(trunk="convnext", wrapper="fsdp", checkpointing=True),
     Cell(wrapper="static", checkpointing=True),
     Cell(trunk="convnext", wrapper="ddp-nhwc"),
+    Cell(wrapper="fsdp", accum=2, lock="image"),
+    Cell(wrapper="static", checkpointing=True, lock="text"),
 ]
 QUICK_LOW = [
     Cell(wrapper="fsdp", precision="amp", accum=2),
@@ -184,6 +195,7 @@ def batch_of(step: int, side: int) -> Batch:
 def train(cell: Cell, world: World, steps: int = STEPS) -> dict[str, Tensor]:
     """The whole weights after a few steps of `cell`, on every rank."""
     config, model = cell.config, build(cell.trunk, cell.loss)
+    lock_as_told(model, config.model)
     wrapped = parallelize(model, config.model, config.cluster, world)
     step = TrainStep(
         model=wrapped,
@@ -290,6 +302,21 @@ def test_a_model_with_batch_norms_is_trained_by_fsdp_as_by_ddp() -> None:
 def test_every_allowed_cell_trains_two_ranks_as_one_process(trunk: str) -> None:
     cells = [cell for cell in FULL if cell.trunk == trunk and not cell.is_refused]
     assert not failures(cells, timeout_s=400)
+
+
+@pytest.mark.slow
+def test_locked_towers_train_on_two_ranks_as_in_one_process() -> None:
+    assert not failures([cell for cell in LOCKED if not cell.is_refused], timeout_s=400)
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_what_is_locked_stays_bit_for_bit(side: str) -> None:
+    start, end = build("native").state_dict(), reference(Cell(lock=side).plain)
+    model = build("native")
+    lock_as_told(model, Cell(lock=side).config.model)
+    locked = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert locked
+    assert {name for name, value in end.items() if torch.equal(value, start[name])} == locked
 
 
 @pytest.mark.slow

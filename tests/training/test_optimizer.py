@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,22 @@ import models
 from training.config import OptimConfig
 from training.optimizer import adamw_settings, build_optimizer, describe_optimizer, is_decayed
 
-CONFIGS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs" / "models").glob("*.yaml"))
+# Native towers of every size, and ConvNeXts.
+CONFIGS = [name for name in models.list_models() if re.match(r"tiny|RN|convnext|ViT-\w+-\d\d$", name)]
+# One of each other trunk.
+OTHERS = (
+    "ViT-B-16-SigLIP",
+    "EVA02-B-16",
+    "ViTamin-S",
+    "MobileCLIP-S1",
+    "MobileCLIP2-S0",
+    "PE-Core-T-16-384",
+    "swin_base_patch4_window7_224",
+    "vit_relpos_medium_patch16_cls_224",
+)
+NO_MATRIX = re.compile(
+    r"(\b|_)(norm\w*|bn\w*|ln_\w+|identity)\.weight|bias(_table)?$|gamma|pos_embed|positional|_token|class_embedding|latent|logit"
+)
 
 # The last part of a parameter's name, or more where that is not enough -> whether it decays. First match counts.
 GROUPS = [
@@ -96,6 +110,18 @@ def test_every_parameter_of_every_model_is_in_the_group_that_the_table_says(name
         expected = next((decays for pattern, decays in GROUPS if re.fullmatch(pattern, key)), "in no pattern")
         if is_decayed(key, parameter, exempt) != expected:
             wrong.append((key, tuple(parameter.shape), expected))
+    assert wrong == []
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_decays_in_other_trunks_is_no_gain_bias_position_or_token(name: str) -> None:
+    parameters, exempt = _parameters(name)
+    wrong = [
+        (key, tuple(parameter.shape))
+        for key, parameter in parameters.items()
+        # A depthwise convolution of one pixel is a gain by another name.
+        if parameter.shape[1:] != (1, 1, 1) and is_decayed(key, parameter, exempt) == bool(NO_MATRIX.search(key))
+    ]
     assert wrong == []
 
 

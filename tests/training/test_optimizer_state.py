@@ -124,7 +124,7 @@ def test_the_loaded_state_shares_no_memory_with_its_source() -> None:
     ("change", "message"),
     [
         (lambda t: {k: v for k, v in t.items() if "linear" not in k}, r"2 parameters is missing: linear\.bias"),
-        (lambda t: t | {"exp_avg/stranger": torch.ones(1)}, "1 parameters is not in this model: stranger"),
+        (lambda t: t | {"exp_avg/stranger": torch.ones(1)}, "1 parameters is not of what is trained: stranger"),
         (lambda t: t | {"exp_avg/linear.bias": torch.ones(7)}, r"exp_avg of linear\.bias has shape \(7,\)"),
         (lambda t: {}, "6 parameters is missing"),
     ],
