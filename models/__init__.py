@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from models.hf_tokenizer import HFTokenizer
     from models.positions import Resized
     from models.preprocess import InferenceTransform, TrainTransform, normalize
-    from models.provenance import Provenance, TokenizerIdentity, read_provenance, with_preprocess_of
+    from models.provenance import Provenance, TokenizerIdentity, parse_provenance, read_provenance, with_preprocess_of
     from models.registry import list_models, load_model_config
     from models.tokenizer import ClipTokenizer, Tokenizer
     from models.unpadded import TextPlan, why_padding_counts
@@ -60,6 +60,7 @@ _HOMES = {
     "provenance": (
         "Provenance",
         "TokenizerIdentity",
+        "parse_provenance",
         "read_provenance",
         "with_preprocess_of",
     ),
@@ -112,6 +113,7 @@ __all__ = [
     "load_published_text",
     "normalize",
     "pair",
+    "parse_provenance",
     "read_provenance",
     "read_weights",
     "why_padding_counts",

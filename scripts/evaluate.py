@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 world,
                 args.batch_size,
                 args.precision,
+                args.tokenizer,
             )
             _report(figures, args.json, world)
     except UserError as error:
@@ -45,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint", required=True, help="checkpoint folder, run folder (its newest), .safetensors, or OpenCLIP .pt")
     add("--model", help="name or configuration file; a checkpoint folder knows its own")
+    add("--tokenizer", help="folder of its Hugging Face tokenizer, if it is not where it was in training")
     add("--zeroshot-data", nargs="+", default=[], metavar="NAME=FOLDER", help="sets in CLIP_benchmark's layout")
     add("--imagenet-val", help="ImageNet's validation set: one folder per WordNet id")
     add("--val-data", help="image-text pairs for retrieval: shards, a list or a folder")

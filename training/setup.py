@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -12,6 +14,7 @@ import data
 import models
 from models.locks import Lock, layer_scales, lock_towers
 from training.checkpoint import (
+    Fresh,
     LoadedCheckpoint,
     Pretrained,
     Progress,
@@ -60,11 +63,12 @@ class Learner:
     loss_scale: LossScale | None
 
 
-def resolve_model(config: TrainConfig) -> models.ModelConfig:
-    """The model's configuration with every override of the command line in it."""
+def resolve_model(config: TrainConfig, origin: models.Provenance | None = None) -> models.ModelConfig:
+    """The model's configuration, prepared as the weights of `origin` were, with every override of the command line."""
     section, image = config.model, config.image
     return models.config_with(
-        models.load_model_config(section.model),
+        models.with_preprocess_of(models.load_model_config(section.model), origin),
+        tokenizer=section.tokenizer,
         image_size=section.force_image_size,
         context_length=section.force_context_length,
         quick_gelu=True if section.force_quick_gelu else None,
@@ -127,6 +131,8 @@ def build_learner(
     with world.collectively("loading weights"):
         if world.is_main and isinstance(start, Pretrained):
             _load_pretrained(model, start.source)
+        if world.is_main and isinstance(start, Fresh) and not config.model.pretrained:
+            _load_published_text(model)
         if world.is_main and loaded is not None:
             _load_resumed(model, loaded)
     wrapped = parallelize(model, config.model, config.cluster, world)  # Collective:
@@ -163,6 +169,11 @@ def restore(learner: Learner, loaded: LoadedCheckpoint) -> None:
         learner.loss_scale.load_state_dict(loaded.state["loss_scale"])
 
 
+def _load_published_text(model: models.CLIP) -> None:
+    if line := models.load_published_text(model):
+        log.info("%s", line)
+
+
 def _load_pretrained(model: models.CLIP, source: str) -> None:
     for line in str(models.load_pretrained(model, source)).splitlines():
         log.info("%s", line)
@@ -170,7 +181,7 @@ def _load_pretrained(model: models.CLIP, source: str) -> None:
 
 def _load_resumed(model: models.CLIP, loaded: LoadedCheckpoint) -> None:
     """Strictly, without resizing: what resumes is the same model."""
-    stored, own = loaded.model_config, model.config.to_dict()
+    stored, own = _without_tokenizer(loaded.model_config), _without_tokenizer(model.config.to_dict())
     changed = [key for key in own if stored.get(key) != own[key]]
     if changed:
         raise ConfigError(
@@ -178,6 +189,12 @@ def _load_resumed(model: models.CLIP, loaded: LoadedCheckpoint) -> None:
             "resizes. To start from its weights, use --pretrained and another --name"
         )
     model.load_state_dict(loaded.model)
+
+
+def _without_tokenizer(model_config: Mapping[str, Any]) -> dict[str, Any]:
+    """But for where the tokenizer's files are: `training.origin` compares what they do."""
+    text = {key: value for key, value in model_config["text_cfg"].items() if key != "hf_tokenizer_name"}
+    return {**model_config, "text_cfg": text}
 
 
 def find_samples(config: TrainConfig, world: World) -> Samples:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from models import CLIP, ConfigError, ModelConfig, build_model, create_model, load_model_config
 from models.hf_text import POOLERS, HFTextTower
 from models.layer_groups import text_groups
-from tests.models.hf import KINDS, VOCABULARY, WIDTH, hf_model, save_encoder
+from tests.helpers.hf import KINDS, VOCABULARY, WIDTH, hf_model, save_encoder
 
 POOLERS_OF_OPENCLIP = ("mean_pooler", "cls_pooler", "cls_last_hidden_state_pooler")
 Folder = Callable[[str], Path]

@@ -158,8 +158,8 @@ def test_a_model_gives_its_context_length_and_can_be_overruled() -> None:
 @pytest.mark.parametrize(
     ("settings_", "message"),
     [
-        ({"hf_tokenizer_name": "bert-base-uncased"}, "hf_tokenizer_name"),
-        ({"tokenizer_kwargs": {"clean": "canonicalize"}}, "tokenizer_kwargs"),
+        ({"tokenizer_mode": "clips"}, "tokenizer_mode is for tokenizers of hf_tokenizer_name"),
+        ({"tokenizer_kwargs": {"clean": "canonicalize"}}, "tokenizer_kwargs is for"),
         ({"vocab_size": 1000}, "vocab_size 1000 is smaller"),
     ],
 )

@@ -8,16 +8,26 @@ from pathlib import Path
 import pytest
 import torch
 
+import data
 import models
 from tests.helpers.gloo import run_ranks
 from training.checkpoint import Checkpointer, optimizer_to_tensors
 from training.checkpoint import Progress as Done
-from training.config import ClusterConfig, TrainConfig
+from training.config import ClusterConfig, DataConfig, TrainConfig
 from training.config import ModelConfig as ModelSection
 from training.distributed import World, session
 from training.errors import ConfigError
 from training.optimizer import parameter_names
-from training.setup import build_learner, cuts_padding, load_start, resolve_model
+from training.plan import make_plan
+from training.setup import (
+    Samples,
+    build_learner,
+    build_transform,
+    cuts_padding,
+    load_start,
+    loader_config,
+    resolve_model,
+)
 from training.start import Fresh, Resume
 
 
@@ -112,3 +122,18 @@ def test_weights_are_read_by_rank_0_alone_and_of_the_optimiser_s_state_only_a_ra
     assert all((0.4 < share < 0.7) if fsdp else share > 0.95 for _, share, _ in (main, other))
     # Python's own modules are read too; the checkpoint's 39 MiB are not.
     assert max(main[2], other[2]) < 20 * 2**20
+
+
+@pytest.mark.parametrize("name", [name for name in models.list_models() if "SigLIP" in name])
+def test_siglips_train_with_siglips_numbers(name: str) -> None:
+    """Black is -1, white is 1, and training resizes with the filter that evaluation has."""
+    config = TrainConfig(model=ModelSection(model=name), data=DataConfig(dataset_type="synthetic"))
+    model = resolve_model(config)
+    samples = Samples(data.open_catalog(None, None, "synthetic", 64), 64)
+    settings = loader_config(config, samples, make_plan(config.optim, 64, 1), model)
+    images = torch.stack([torch.zeros(3, 4, 4), torch.full((3, 4, 4), 255.0)]).to(torch.uint8)
+    black, white = build_transform(settings, model, World())(images, None)
+    torch.testing.assert_close(black, torch.full((3, 4, 4), -1.0))
+    torch.testing.assert_close(white, torch.full((3, 4, 4), 1.0))
+    assert settings.interpolation == model.preprocess.interpolation
+    assert model.preprocess.resize_mode == "squash"

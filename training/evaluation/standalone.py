@@ -11,6 +11,7 @@ from training.config import DataConfig, EvalConfig
 from training.distributed import World
 from training.errors import CheckpointError, ConfigError
 from training.evaluation.evaluator import Evaluator
+from training.origin import open_tokenizer
 
 
 def load_model(checkpoint: str, model: str | None, world: World) -> models.CLIP:
@@ -19,17 +20,22 @@ def load_model(checkpoint: str, model: str | None, world: World) -> models.CLIP:
     checkpoint: a checkpoint folder, which knows its model; a run folder, which means its newest checkpoint; or a
     weights file, which needs `model`. Raises ConfigError or CheckpointError.
     """
-    folder = Path(checkpoint)
-    if (folder / "checkpoints").is_dir():
-        newest, _ = find_latest(folder / "checkpoints")
-        if newest is None:
-            raise CheckpointError(f"--checkpoint {checkpoint}: the run has no checkpoint yet")
-        folder = newest
-        checkpoint = str(newest)
-    own_config = folder / MODEL_CONFIG_FILE
+    checkpoint = _newest(checkpoint)
+    own_config = Path(checkpoint) / MODEL_CONFIG_FILE
     if model is None and not own_config.is_file():
         raise ConfigError(f"--checkpoint {checkpoint}: --model is needed, only a checkpoint folder knows its own")
     return models.create_model(model or str(own_config), checkpoint, device=world.device)
+
+
+def _newest(checkpoint: str) -> str:
+    """A run's newest checkpoint; what is no run stays as it is."""
+    folder = Path(checkpoint) / "checkpoints"
+    if not folder.is_dir():
+        return checkpoint
+    newest, _ = find_latest(folder)
+    if newest is None:
+        raise CheckpointError(f"--checkpoint {checkpoint}: the run has no checkpoint yet")
+    return str(newest)
 
 
 def evaluate_checkpoint(
@@ -40,19 +46,23 @@ def evaluate_checkpoint(
     world: World,
     batch_size: int = 64,
     precision: str = "fp32",
+    tokenizer: str | None = None,
 ) -> dict[str, float]:
     """The figures of all sets, under their names in `metrics.jsonl`; the same on every rank. Collective.
 
+    tokenizer: where its files are, instead of where they were when the model was trained.
     Raises ConfigError, CheckpointError or DataError; a set that cannot be read is an error here.
     """
     if not (sets.zeroshot_data or sets.imagenet_val or data.val_data):
         raise ConfigError("nothing to evaluate: give --zeroshot-data, --imagenet-val or --val-data")
     with world.collectively(f"--checkpoint {checkpoint}"):
         clip = load_model(checkpoint, model, world)
+        origin = models.read_provenance(_newest(checkpoint))
+    reader = open_tokenizer(models.config_with(clip.config, tokenizer=tokenizer), origin, world)
     evaluator = Evaluator(
         sets,
         data,
-        models.get_tokenizer(clip.config),
+        reader,
         models.InferenceTransform(clip.config.preprocess),
         world,
         batch_size=batch_size,
