@@ -12,11 +12,19 @@ if TYPE_CHECKING:
     from models.clip import CLIP
     from models.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig, config_with, pair
     from models.errors import CheckpointError, ConfigError
-    from models.factory import build_model, create_model, create_model_and_transforms, get_tokenizer
+    from models.factory import (
+        build_model,
+        create_model,
+        create_model_and_transforms,
+        get_tokenizer,
+        load_published_text,
+    )
+    from models.hf_tokenizer import HFTokenizer
     from models.positions import Resized
     from models.preprocess import InferenceTransform, TrainTransform, normalize
+    from models.provenance import Provenance, TokenizerIdentity, parse_provenance, read_provenance, with_preprocess_of
     from models.registry import list_models, load_model_config
-    from models.tokenizer import ClipTokenizer
+    from models.tokenizer import ClipTokenizer, Tokenizer
     from models.unpadded import TextPlan, why_padding_counts
     from models.weight_files import read_weights
     from models.weights import PretrainedReport, load_pretrained
@@ -40,18 +48,30 @@ _HOMES = {
         "create_model",
         "create_model_and_transforms",
         "get_tokenizer",
+        "load_published_text",
     ),
+    "hf_tokenizer": ("HFTokenizer",),
     "positions": ("Resized",),
     "preprocess": (
         "InferenceTransform",
         "TrainTransform",
         "normalize",
     ),
+    "provenance": (
+        "Provenance",
+        "TokenizerIdentity",
+        "parse_provenance",
+        "read_provenance",
+        "with_preprocess_of",
+    ),
     "registry": (
         "list_models",
         "load_model_config",
     ),
-    "tokenizer": ("ClipTokenizer",),
+    "tokenizer": (
+        "ClipTokenizer",
+        "Tokenizer",
+    ),
     "unpadded": (
         "TextPlan",
         "why_padding_counts",
@@ -69,13 +89,17 @@ __all__ = [
     "CheckpointError",
     "ClipTokenizer",
     "ConfigError",
+    "HFTokenizer",
     "InferenceTransform",
     "ModelConfig",
     "PreprocessConfig",
     "PretrainedReport",
+    "Provenance",
     "Resized",
     "TextConfig",
     "TextPlan",
+    "Tokenizer",
+    "TokenizerIdentity",
     "TrainTransform",
     "VisionConfig",
     "build_model",
@@ -86,10 +110,14 @@ __all__ = [
     "list_models",
     "load_model_config",
     "load_pretrained",
+    "load_published_text",
     "normalize",
     "pair",
+    "parse_provenance",
+    "read_provenance",
     "read_weights",
     "why_padding_counts",
+    "with_preprocess_of",
 ]
 
 

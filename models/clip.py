@@ -24,6 +24,7 @@ from models.unpadded import TextPlan
 from models.vision import VisionTransformer
 
 if TYPE_CHECKING:
+    from models.hf_text import HFTextTower
     from models.timm_tower import TimmTower
 
 ImageTower: TypeAlias = "VisionTransformer | ModifiedResNet | TimmTower"
@@ -46,7 +47,7 @@ class CLIP(TextLayers):
         self.logit_bias = None if config.init_logit_bias is None else nn.Parameter(torch.tensor(config.init_logit_bias))
         self.visual: ImageTower = _build_visual(config)
         if config.custom_text:
-            self.text = TextTower(config.text_cfg, config.embed_dim, config.quick_gelu)
+            self.text = _build_text(config)
         else:
             self.add_text_layers(config.text_cfg, config.embed_dim, config.quick_gelu)
         self.row_draws = draw_by_rows(self)
@@ -82,14 +83,14 @@ class CLIP(TextLayers):
         return unit_length(features) if normalize else features
 
     @property
-    def text_tower(self) -> TextLayers:
+    def text_tower(self) -> TextLayers | HFTextTower:
         """Where the text parameters are: this module, or its `text`."""
         return self.text if self.config.custom_text else self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes each block of both towers in the backward pass instead of keeping its activations."""
         self.visual.set_grad_checkpointing(enable)
-        self.text_tower.transformer.grad_checkpointing = enable
+        self.text_tower.set_text_checkpointing(enable)
 
     def freeze_statistics(self, norms: Iterable[nn.Module]) -> None:
         """Batch norms that from now on stay in evaluation mode, whatever the model's mode is."""
@@ -104,7 +105,7 @@ class CLIP(TextLayers):
 
     def blocks(self) -> list[nn.Module]:
         """The repeated blocks of both towers, image first: the units to compile, shard and recompute."""
-        return [*self.visual.blocks(), *self.text_tower.transformer.blocks()]
+        return [*self.visual.blocks(), *self.text_tower.text_blocks()]
 
     def no_weight_decay(self) -> set[str]:
         """State-dict keys of parameters with two or more dimensions that should not decay, and the temperature's."""
@@ -126,6 +127,15 @@ def _build_visual(config: ModelConfig) -> ImageTower:
     return VisionTransformer(vision, config.embed_dim, config.quick_gelu)
 
 
+def _build_text(config: ModelConfig) -> TextTower | HFTextTower:
+    if config.text_cfg.hf_model_name:
+        # Imported here because it is an extra, and takes seconds.
+        from models.hf_text import HFTextTower
+
+        return HFTextTower(config.text_cfg, config.embed_dim)
+    return TextTower(config.text_cfg, config.embed_dim, config.quick_gelu)
+
+
 def unit_length(features: Tensor) -> Tensor:
     """Features [B,E] divided by their lengths, in fp32 unless they are more precise."""
     return F.normalize(features if features.dtype == torch.float64 else features.float(), dim=-1)
@@ -133,8 +143,6 @@ def unit_length(features: Tensor) -> Tensor:
 
 def _refuse_unsupported(config: ModelConfig) -> None:
     text = config.text_cfg
-    if text.hf_model_name:
-        raise ConfigError(f"text_cfg.hf_model_name: Hugging Face text towers ({text.hf_model_name}) are not supported")
     _refuse("vision_cfg", config.vision_cfg, VisionConfig(), ("pos_embed_type",))
     custom = (
         "block_type",

@@ -14,6 +14,7 @@ from models.clip import CLIP, unit_length
 from models.config import ModelConfig, MultimodalConfig
 from models.errors import ConfigError
 from models.layers import CrossAttentionBlock, LayerNorm, ResidualAttentionBlock, activation_factory
+from models.text import TextTower
 from models.unpadded import TextPlan
 from models.vision import VisionTransformer
 
@@ -61,6 +62,7 @@ class CoCa(CLIP):
     """CLIP's two towers and a decoder. Raises ConfigError for towers that give no tokens."""
 
     visual: VisionTransformer
+    text: TextTower
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -86,7 +88,7 @@ class CoCa(CLIP):
         if image is not None:
             image_features, image_tokens = self.visual.features_and_tokens(image)
         if text is not None:
-            text_features, text_tokens = self.text_tower.features_and_tokens(text)
+            text_features, text_tokens = self.text.features_and_tokens(text)
         if image_tokens is not None and text_tokens is not None:
             # The last token has no next one.
             logits = self.text_decoder(image_tokens, text_tokens[:, :-1])
@@ -95,7 +97,7 @@ class CoCa(CLIP):
 
     def next_logits(self, image_tokens: Tensor, tokens: Tensor) -> Tensor:
         """Logits [B,V] of what follows the token ids [B,L], with the image tokens of `visual.features_and_tokens`."""
-        _, text_tokens = self.text_tower.features_and_tokens(tokens)
+        _, text_tokens = self.text.features_and_tokens(tokens)
         return self.text_decoder(image_tokens, text_tokens)[:, -1]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

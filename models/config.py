@@ -163,6 +163,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _check_vision(self.vision_cfg)
         _check_text(self.text_cfg)
+        if self.text_cfg.hf_model_name and not self.custom_text:
+            raise ConfigError("custom_text must be true for a tower of transformers: its keys are under text.")
         if pair(self.preprocess.size) != pair(self.vision_cfg.image_size):
             raise ConfigError(
                 f"preprocess_cfg.size {self.preprocess.size} differs from vision_cfg.image_size "
@@ -183,6 +185,8 @@ class ModelConfig:
             # OpenCLIP writes both; to it they mean the same.
             settings["vision_cfg"] = {**vision, "timm_proj": vision.get("timm_proj", VisionConfig.timm_proj) or ""}
         settings.setdefault("name", name)
+        if text := settings.get("text_cfg"):
+            _settle_hf_text(settings, text)
         settings["preprocess"] = preprocess
         return decode(cls, settings)
 
@@ -211,6 +215,7 @@ def config_with(
     image_resize_mode: str | None = None,
     init_logit_scale: float | None = None,
     init_logit_bias: float | None = None,
+    tokenizer: str | None = None,
 ) -> ModelConfig:
     """A copy with some settings changed; None, and an empty sequence, leave a setting as it is.
 
@@ -226,7 +231,7 @@ def config_with(
         timm_drop_path=drop_path,
         timm_drop=head_dropout,
     )
-    text = _replace(config.text_cfg, context_length=context_length)
+    text = _replace(config.text_cfg, context_length=context_length, hf_tokenizer_name=tokenizer)
     preprocess = _replace(
         config.preprocess,
         size=size,
@@ -292,9 +297,20 @@ def _unwrap(raw: Any) -> dict[str, Any]:
         preprocess = settings.get("preprocess_cfg")
         settings = dict(settings["model_cfg"])
         settings.setdefault("preprocess_cfg", preprocess)
+    # A checkpoint's own, see `models.provenance`.
+    settings.pop("tokenizer", None)
     if settings.pop("nonscalar_logit_scale", False):
         raise ConfigError("nonscalar_logit_scale: only a scalar logit scale is supported")
     return settings
+
+
+def _settle_hf_text(settings: dict[str, Any], text: Any) -> None:
+    """A tower of transformers is a module of its own, said or not; OpenCLIP writes a missing projection as null."""
+    if not isinstance(text, Mapping) or not text.get("hf_model_name"):
+        return
+    settings["custom_text"] = True
+    if "hf_proj_type" in text and text["hf_proj_type"] is None:
+        settings["text_cfg"] = {**text, "hf_proj_type": "none"}
 
 
 def _check_vision(vision: VisionConfig) -> None:

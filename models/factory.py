@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,9 +11,14 @@ from torch import Tensor
 from models.clip import CLIP
 from models.config import ModelConfig, config_with
 from models.preprocess import InferenceTransform, TrainTransform
+from models.provenance import read_provenance, with_preprocess_of
 from models.registry import load_model_config
 from models.tokenizer import ClipTokenizer, build_tokenizer
 from models.weights import load_pretrained
+
+if TYPE_CHECKING:
+    from models.hf_text import HFTextTower
+    from models.hf_tokenizer import HFTokenizer
 
 ImageTransform = Callable[..., Tensor]
 
@@ -41,6 +47,8 @@ def create_model(
 ) -> CLIP:
     """A model by name or configuration file, with weights if `pretrained` names a source; in training mode.
 
+    Weights that say how their images were prepared keep their numbers. A text tower of transformers has its
+    published weights where there are no others, unless its configuration says hf_model_pretrained false.
     Raises ConfigError for the model, CheckpointError for the weights.
     """
     config = config_with(
@@ -50,10 +58,24 @@ def create_model(
         quick_gelu=True if force_quick_gelu else None,
         patch_dropout=force_patch_dropout,
     )
-    model = build_model(config)
+    model = build_model(with_preprocess_of(config, read_provenance(pretrained)) if pretrained else config)
     if pretrained:
         load_pretrained(model, pretrained)
+    else:
+        load_published_text(model)
     return model.to(device)
+
+
+def load_published_text(model: CLIP) -> str | None:
+    """The published weights of a text tower of transformers, if the configuration wants them: a line for the log.
+
+    Raises ConfigError where they are not on this machine.
+    """
+    text = model.config.text_cfg
+    if not text.hf_model_name or not text.hf_model_pretrained:
+        return None
+    tower: HFTextTower = model.text_tower  # type: ignore[assignment]
+    return tower.load_published_weights()
 
 
 def create_model_and_transforms(
@@ -73,7 +95,7 @@ def create_model_and_transforms(
     return model, TrainTransform(preprocess), InferenceTransform(preprocess)
 
 
-def get_tokenizer(name_or_config: str | ModelConfig, context_length: int | None = None) -> ClipTokenizer:
-    """The tokenizer of a model, by its name or configuration. Raises ConfigError for one that is not CLIP's."""
+def get_tokenizer(name_or_config: str | ModelConfig, context_length: int | None = None) -> ClipTokenizer | HFTokenizer:
+    """The tokenizer of a model, by its name or configuration. Raises ConfigError where it does not fit."""
     config = name_or_config if isinstance(name_or_config, ModelConfig) else load_model_config(name_or_config)
     return build_tokenizer(config.text_cfg, context_length)

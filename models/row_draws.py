@@ -56,7 +56,8 @@ class RowDropout(nn.Module):
 
     def __init__(self, share: float, draws: RowDraws, layer: int):
         super().__init__()
-        self.share = share
+        # As `p`, attention of transformers looks it up, to drop by torch's own draws.
+        self.share = self.p = share
         self._draws, self._salt = draws, layer_salt(layer)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -91,6 +91,14 @@ class TextLayers(nn.Module):
             return self.text_projection(pooled_BD)
         return pooled_BD @ self.text_projection
 
+    def text_blocks(self) -> list[nn.Module]:
+        """The repeated blocks: the units to compile, shard and recompute."""
+        return list(self.transformer.blocks())
+
+    def set_text_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes each block in the backward pass instead of keeping its activations."""
+        self.transformer.grad_checkpointing = enable
+
     def _pooled(self, tokens: Tensor) -> Tensor:
         hidden_BLD = self._hidden(tokens)
         if self.cls_emb is not None:

@@ -16,8 +16,9 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ftfy
 import ftfy.fixes
@@ -29,6 +30,9 @@ from torch import Tensor
 
 from models.config import TextConfig
 from models.errors import ConfigError
+
+if TYPE_CHECKING:
+    from models.hf_tokenizer import HFTokenizer
 
 _VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"
 _VOCABULARY_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
@@ -43,13 +47,35 @@ _PIECES = regex.compile(
 _RULES = "ftfy.fix_text, html.unescape twice, collapse whitespace, lower; " + _PIECES.pattern
 # Control characters, line separators and surrogates, which ftfy treats in context.
 _NEEDS_REPAIR = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_NOT_PLAIN = re.compile(r"[^ -~]+")
 # ftfy's sign of mojibake is a run of characters of these blocks; only the four at the end are suspicious alone.
-_MAY_BE_BAD = re.compile(r"[\x80-\u04ff\u2000-\u2fff\uf000-\uffff]{2}|[\u0152\u0153\xc2\xc3]")
+_SUSPECT = r"[\x80-\u04ff\u2000-\u2fff\uf000-\uffff]"
+# Two searches, and no counted repeat: the one pattern of both takes three times as long.
+_SUSPECT_PAIR, _SUSPECT_SIGN = re.compile(_SUSPECT * 2), re.compile("[\u0152\u0153\xc2\xc3]")
 # One changes the text, one sees that nothing is left; more than a few is ftfy's own business.
 _MAX_ROUNDS = 4
 # Enough for nearly all words of web captions at about 20 MB a process.
 _MAX_REMEMBERED_WORDS = 65536
 _MAX_REMEMBERED_LENGTH = 48
+
+
+class Tokenizer(Protocol):
+    """What a model's tokenizer is to everyone else: picklable, and cheap where it is not used."""
+
+    context_length: int
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def pad_id(self) -> int: ...
+    @property
+    def eos_id(self) -> int | None: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def encode(self, text: str) -> list[int]: ...
+    def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor: ...
 
 
 class ClipTokenizer:
@@ -62,10 +88,12 @@ class ClipTokenizer:
     vocab_size = _EOT_ID + 1
     eot_id = _EOT_ID
     sot_id = _SOT_ID
+    eos_id = _EOT_ID
+    pad_id = 0
 
     def __init__(self, context_length: int = 77) -> None:
         self.context_length = context_length
-        self._remembered: dict[str, tuple[int, ...]] = {}
+        self._remembered = _Words()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -76,15 +104,16 @@ class ClipTokenizer:
         """One text or several to int64 [N, context_length]: start, ids, end, zeros; cut to fit before the end token."""
         texts = [texts] if isinstance(texts, str) else texts
         length = context_length or self.context_length
-        tokens = np.zeros((len(texts), length), dtype=np.int64)
-        for row, text in enumerate(texts):
-            ids = self._row(text, length)
-            tokens[row, : len(ids)] = ids
+        rows = [self._row(text, length) for text in texts]
+        tokens = np.zeros((len(rows), length), dtype=np.int64)
+        # One conversion for all rows: each has a cost of its own.
+        filled = np.arange(length) < np.array([len(row) for row in rows], dtype=np.int64)[:, None]
+        tokens[filled] = np.fromiter(chain.from_iterable(rows), dtype=np.int64)
         return torch.from_numpy(tokens)
 
     def encode(self, text: str) -> list[int]:
         """All ids of a text, without start, end or truncation."""
-        return [token for word in _words(text) for token in self._remembered.get(word) or self._learn(word)]
+        return list(chain.from_iterable(map(self._remembered.__getitem__, _words(text))))
 
     def __getstate__(self) -> dict[str, int]:
         return {"context_length": self.context_length}
@@ -93,40 +122,75 @@ class ClipTokenizer:
         self.__init__(**state)  # type: ignore[misc]
 
     def _row(self, text: str, length: int) -> list[int]:
-        ids = [_SOT_ID]
-        remembered = self._remembered.get
         # Each word gives at least one id, so later words would be cut off anyway.
-        for word in _words(text)[:length]:
-            ids += remembered(word) or self._learn(word)
+        words = _words(text)[:length]
+        ids = [_SOT_ID, *chain.from_iterable(map(self._remembered.__getitem__, words))]
         del ids[length - 1 :]
         ids.append(_EOT_ID)
         return ids
 
-    def _learn(self, word: str) -> tuple[int, ...]:
+
+class _Words(dict[str, tuple[int, ...]]):
+    """The ids of words, made when first asked for and remembered as long as there is room."""
+
+    def __missing__(self, word: str) -> tuple[int, ...]:
         ids = _encode_word(word)
-        if len(word) <= _MAX_REMEMBERED_LENGTH and len(self._remembered) < _MAX_REMEMBERED_WORDS:
-            self._remembered[word] = ids
+        if len(word) <= _MAX_REMEMBERED_LENGTH and len(self) < _MAX_REMEMBERED_WORDS:
+            self[word] = ids
         return ids
 
 
-def build_tokenizer(config: TextConfig, context_length: int | None = None) -> ClipTokenizer:
-    """The tokenizer of a text tower. Raises ConfigError where that is not CLIP's own."""
-    for key in ("hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"):
-        if getattr(config, key) is not None:
-            raise ConfigError(f"text_cfg.{key}: only CLIP's own tokenizer is supported")
-    if config.vocab_size < ClipTokenizer.vocab_size:
+def build_tokenizer(config: TextConfig, context_length: int | None = None) -> ClipTokenizer | HFTokenizer:
+    """The tokenizer of a text tower. Raises ConfigError where it is not on this machine, or does not fit the tower."""
+    length = context_length or config.context_length
+    tokenizer: ClipTokenizer | HFTokenizer
+    if config.hf_tokenizer_name:
+        # Imported here because it is an extra.
+        from models.hf_tokenizer import HFTokenizer, hf_options
+
+        options = hf_options(config.tokenizer_kwargs, config.tokenizer_mode)
+        tokenizer = HFTokenizer(config.hf_tokenizer_name, length, options)
+    else:
+        for key in ("tokenizer_mode", "tokenizer_kwargs"):
+            if getattr(config, key):
+                raise ConfigError(f"text_cfg.{key} is for tokenizers of hf_tokenizer_name; CLIP's own has none")
+        tokenizer = ClipTokenizer(length)
+    _check_fits(tokenizer, config)
+    return tokenizer
+
+
+def _check_fits(tokenizer: Tokenizer, config: TextConfig) -> None:
+    """Ids that the tower has no row for, or takes for something else, would train without a word."""
+    name, vocab_size, pad_id = tokenizer.name, config.vocab_size, config.pad_id
+    if config.hf_model_name:
+        from models.hf_text import read_hf_config
+
+        encoder: Any = read_hf_config(config)
+        vocab_size, pad_id = encoder.vocab_size, encoder.pad_token_id
+    if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
-            f"text_cfg.vocab_size {config.vocab_size} is smaller than the tokenizer's {ClipTokenizer.vocab_size}"
+            f"text_cfg.vocab_size {vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} ({name})"
         )
-    return ClipTokenizer(context_length or config.context_length)
+    masks_padding = config.hf_model_name or config.embed_cls
+    if masks_padding and tokenizer.pad_id != pad_id:
+        raise ConfigError(f"the tokenizer {name} pads with {tokenizer.pad_id}, but the text tower masks {pad_id}")
+    if config.hf_model_name:
+        return
+    if config.pool_type == "eos" and tokenizer.eos_id != config.eos_id:
+        raise ConfigError(f"text_cfg.eos_id {config.eos_id}: the tokenizer {name} ends texts with {tokenizer.eos_id}")
+    if config.pool_type == "argmax" and tokenizer.eos_id != tokenizer.vocab_size - 1:
+        raise ConfigError(
+            f"text_cfg.pool_type argmax pools the largest id, which is not the end of a text ({tokenizer.eos_id}) in "
+            f"the tokenizer {name}: use eos with its eos_id, or last"
+        )
 
 
 def _words(text: str) -> list[str]:
     """Cleaned, lower-cased, split at whitespace, which no token crosses."""
-    return _clean(text).lower().split()
+    return clean_text(text).lower().split()
 
 
-def _clean(text: str) -> str:
+def clean_text(text: str) -> str:
     """ftfy's repairs, then HTML entities unescaped twice."""
     if _is_plain(text) and "&" not in text:
         return text
@@ -147,14 +211,22 @@ def _repair(text: str) -> str:
         if unescapes:
             repaired = ftfy.fixes.unescape_html(repaired)
         if not _is_plain(repaired):
-            if _NEEDS_REPAIR.search(repaired) or (_MAY_BE_BAD.search(repaired) and is_bad(repaired)):
+            if _NEEDS_REPAIR.search(repaired) or (_may_be_bad(repaired) and is_bad(repaired)):
                 break
-            repaired = unicodedata.normalize("NFC", repaired.translate(_CHARACTER_FIXES))
+            repaired = unicodedata.normalize("NFC", _NOT_PLAIN.sub(_fix_characters, repaired))
             # A character may have become the ampersand of an entity.
             unescapes = "&" in repaired and "<" not in text
         if repaired == before:
             return repaired
     return ftfy.fix_text(text)
+
+
+def _may_be_bad(text: str) -> bool:
+    return bool(_SUSPECT_PAIR.search(text) or _SUSPECT_SIGN.search(text))
+
+
+def _fix_characters(run: re.Match[str]) -> str:
+    return run[0].translate(_CHARACTER_FIXES)
 
 
 def _is_plain(text: str) -> bool:
@@ -182,12 +254,17 @@ _CHARACTER_FIXES = _CharacterFixes()
 
 
 def _encode_word(word: str) -> tuple[int, ...]:
-    tables = _tables()
     ids: list[int] = []
     for piece in _PIECES.findall(word):
-        special = _SPECIAL_IDS.get(piece)
-        ids += [special] if special is not None else tables.encode_piece(piece)
+        # Most new words are old ones with another sign at their end.
+        ids += _piece_ids(piece) if len(piece) <= _MAX_REMEMBERED_LENGTH else _tables().encode_piece(piece)
     return tuple(ids)
+
+
+@lru_cache(maxsize=_MAX_REMEMBERED_WORDS)
+def _piece_ids(piece: str) -> tuple[int, ...]:
+    special = _SPECIAL_IDS.get(piece)
+    return tuple(_tables().encode_piece(piece)) if special is None else (special,)
 
 
 class _Tables:

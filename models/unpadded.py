@@ -47,6 +47,8 @@ class TextPlan:
 
 def why_padding_counts(text: TextConfig) -> str | None:
     """The reason why a tower's features depend on what follows the pooled token, or None if they do not."""
+    if text.hf_model_name:
+        return f"the encoder {text.hf_model_name} of transformers takes whole rows"
     if text.no_causal_mask:
         return "its attention has no causal mask, so every token sees the padding"
     if text.embed_cls:

@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 args.batch_size,
                 args.precision,
                 args.ema,
+                args.tokenizer,
             )
             _report(figures, args.json, world)
     except UserError as error:
@@ -47,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--checkpoint", required=True, help="checkpoint folder, run folder (its newest), .safetensors, or OpenCLIP .pt")
     add("--model", help="name or configuration file; a checkpoint folder knows its own")
     add("--ema", action="store_true", help="the moving average of the weights that the checkpoint holds")
+    add("--tokenizer", help="folder of its Hugging Face tokenizer, if it is not where it was in training")
     add_set_flags(parser)
     add("--json", type=Path, help="also write the figures to this file")
     return parser

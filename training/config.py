@@ -88,6 +88,9 @@ class ModelConfig:
         None,
         "weights to start from: checkpoint folder, .safetensors, OpenCLIP .pt, or transformers' folder; path or URL",
     )
+    tokenizer: str | None = option(
+        None, "folder of a Hugging Face tokenizer, or a name in the hub's cache, instead of the model's own"
+    )
     precision: str = option(
         "amp_bfloat16",
         "arithmetic of the towers: bf16, fp16 with a loss scale (amp), or fp32; parameters, normalisation, logits "

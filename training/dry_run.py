@@ -27,6 +27,7 @@ from training.footprint import Footprint, bytes_of
 from training.launch import Launch
 from training.losses.blocks import block_bytes
 from training.optimizer import describe_optimizer, parameter_names
+from training.origin import open_tokenizer, read_origin, tell_preprocess
 from training.plan import Plan, make_plan
 from training.schedule import describe_schedule, learning_rate
 from training.setup import (
@@ -41,7 +42,7 @@ from training.setup import (
     resolve_model,
 )
 from training.sinks import parse_report_to
-from training.start import Fresh
+from training.start import Fresh, Pretrained
 from training.teacher import resolve_teacher
 from training.trial import largest_batch
 
@@ -64,7 +65,11 @@ def dry_run(config: TrainConfig) -> int:
     """Build, step once, tell. Returns the exit code; raises ConfigError or DataError for what would be refused."""
     with logging_to(None), pretended_world(config) as world:
         parse_report_to(config.log.report_to)
-        model_config = resolve_model(config)
+        source = config.model.pretrained
+        origin = read_origin(Pretrained(source, "dry run") if source else Fresh("dry run"), None, world)
+        model_config = resolve_model(config, origin)
+        tell_preprocess(model_config, models.load_model_config(config.model.model), origin)
+        open_tokenizer(model_config, origin, world)
         samples = _samples(config, world)
         plan = make_plan(config.optim, samples.per_epoch, world.size)
         settings = loader_config(config, samples, plan, model_config)

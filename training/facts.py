@@ -13,6 +13,7 @@ from training.config import RunConfig, TrainConfig
 from training.distributed import World
 from training.folder import RunFolder
 from training.launch import restarts_in_vain
+from training.origin import open_tokenizer, read_origin, tell_preprocess
 from training.plan import Plan, make_plan
 from training.schedule import describe_schedule
 from training.setup import (
@@ -40,6 +41,7 @@ class Facts:
     start: StartState
     loaded: LoadedCheckpoint | None
     model: models.ModelConfig
+    tokenizer: models.Tokenizer
     teacher: models.ModelConfig | None
     samples: Samples
     plan: Plan
@@ -49,15 +51,18 @@ class Facts:
 
 def settle(config: TrainConfig, world: World, folder: RunFolder, start: StartState) -> Facts:
     """Model, data and numbers of the run, checked against each other. Builds nothing."""
-    model = resolve_model(config)
+    loaded = load_start(start, world)
+    origin = read_origin(start, loaded, world)
+    model = resolve_model(config, origin)
+    tell_preprocess(model, models.load_model_config(config.model.model), origin)
+    tokenizer = open_tokenizer(model, origin, world, must_equal=loaded is not None)
     teacher = resolve_teacher(config.model, model)
     cut_padding = cuts_padding(config.model.text_padding, model)
     parse_report_to(config.log.report_to)
     samples = find_samples(config, world)
     plan = make_plan(config.optim, samples.per_epoch, world.size)
-    loaded = load_start(start, world)
     progress = start_progress(loaded, plan)
-    return Facts(config, world, folder, start, loaded, model, teacher, samples, plan, progress, cut_padding)
+    return Facts(config, world, folder, start, loaded, model, tokenizer, teacher, samples, plan, progress, cut_padding)
 
 
 def announce(facts: Facts) -> None:

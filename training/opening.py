@@ -45,7 +45,7 @@ def build_evaluator(facts: Facts, preemption: Preemption) -> Evaluator:
     return Evaluator(
         config.eval,
         config.data,
-        models.get_tokenizer(facts.model),
+        facts.tokenizer,
         models.InferenceTransform(facts.model.preprocess),
         facts.world,
         batch_size=config.optim.batch_size,
@@ -102,7 +102,7 @@ def open_feed(facts: Facts, preemption: Preemption) -> Iterator[Feed]:
     """Batches from where the run goes on; the loader's processes end with the context."""
     config, world = facts.config, facts.world
     settings = loader_config(config, facts.samples, facts.plan, facts.model)
-    tokenizer = models.get_tokenizer(facts.model)
+    tokenizer = facts.tokenizer
     if config.data.preflight:
         world.pulse.enter("preflight")
         report = world.on_main(lambda: data.run_preflight(settings, tokenizer), "--train-data")
@@ -160,6 +160,7 @@ def open_job(
             loss_scale=learner.loss_scale,
             start_step=step,
             ema=learner.ema,
+            tokenizer=models.TokenizerIdentity.of(facts.tokenizer),
         )
 
         def evaluate(done: int) -> bool:

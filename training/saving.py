@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from data import Position
+from models import TokenizerIdentity
 from models.lora import adapter_state, is_adapted, merged_weights
 from training.checkpoint import EMA_FILE, LORA_FILE, Checkpointer, Progress, epoch_name, optimizer_to_tensors, step_name
 from training.config import RunConfig, TrainConfig, to_flat
@@ -42,8 +43,12 @@ class Saver:
         loss_scale: LossScale | None = None,
         start_step: int = -1,
         ema: Ema | None = None,
+        tokenizer: TokenizerIdentity | None = None,
     ):
-        """start_step: its state is not saved again. The same command finds it, or makes it anew."""
+        """start_step: its state is not saved again. The same command finds it, or makes it anew.
+
+        tokenizer: which one the model is trained with; it is stored with the model's configuration.
+        """
         self._checkpointer = checkpointer
         self._model = unwrap(model)
         self._optimizer = optimizer
@@ -56,6 +61,7 @@ class Saver:
         self._loss_scale = loss_scale
         self._ema = ema
         self._last_step = start_step
+        self._tokenizer = {} if tokenizer is None else {"tokenizer": tokenizer.to_dict()}
 
     def save(self, done: int, feed: Feed) -> None:
         """Write the state after `done` steps, once. Raises CheckpointWriteError on all ranks alike."""
@@ -127,7 +133,7 @@ class Saver:
             optimizer_state=moments,
             data_position=position,
             config=to_flat(self._config),
-            model_config=self._model.config.to_dict(),
+            model_config=self._model.config.to_dict() | self._tokenizer,
             extra=self._extra | {"counts": counts} | self._loss_scale_state(),
             further=further,
         )

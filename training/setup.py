@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,6 +15,7 @@ import models
 from models.locks import Lock, layer_scales, lock_towers
 from models.lora import Lora, adapt, load_adapter_state, plain_name
 from training.checkpoint import (
+    Fresh,
     LoadedCheckpoint,
     Pretrained,
     Progress,
@@ -65,11 +68,15 @@ class Learner:
     ema: Ema | None = None
 
 
-def resolve_model(config: TrainConfig) -> models.ModelConfig:
-    """The model's configuration with every override of the command line in it. Raises ConfigError."""
+def resolve_model(config: TrainConfig, origin: models.Provenance | None = None) -> models.ModelConfig:
+    """The model's configuration, prepared as the weights of `origin` were, with every override of the command line.
+
+    Raises ConfigError.
+    """
     section, image = config.model, config.image
     resolved = models.config_with(
-        models.load_model_config(section.model),
+        models.with_preprocess_of(models.load_model_config(section.model), origin),
+        tokenizer=section.tokenizer,
         image_size=section.force_image_size,
         context_length=section.force_context_length,
         quick_gelu=True if section.force_quick_gelu else None,
@@ -147,6 +154,8 @@ def build_learner(
     with world.collectively("loading weights"):
         if world.is_main and isinstance(start, Pretrained):
             _load_pretrained(model, start.source)
+        if world.is_main and isinstance(start, Fresh) and not config.model.pretrained:
+            _load_published_text(model)
         if world.is_main and loaded is not None:
             _load_resumed(model, loaded, config.model)
     if uses_lora(config.model):
@@ -222,6 +231,11 @@ def restore(learner: Learner, loaded: LoadedCheckpoint) -> None:
         learner.loss_scale.load_state_dict(loaded.state["loss_scale"])
 
 
+def _load_published_text(model: models.CLIP) -> None:
+    if line := models.load_published_text(model):
+        log.info("%s", line)
+
+
 def _load_pretrained(model: models.CLIP, source: str) -> None:
     verify_weights(source)
     for line in str(models.load_pretrained(model, source)).splitlines():
@@ -230,7 +244,7 @@ def _load_pretrained(model: models.CLIP, source: str) -> None:
 
 def _load_resumed(model: models.CLIP, loaded: LoadedCheckpoint, section: ModelConfig) -> None:
     """Strictly, without resizing: what resumes is the same model."""
-    stored, own = loaded.model_config, model.config.to_dict()
+    stored, own = _without_tokenizer(loaded.model_config), _without_tokenizer(model.config.to_dict())
     changed = [key for key in own if stored.get(key) != own[key]]
     if changed:
         raise ConfigError(
@@ -244,6 +258,12 @@ def _load_resumed(model: models.CLIP, loaded: LoadedCheckpoint, section: ModelCo
             "--pretrained and another --name"
         )
     model.load_state_dict(loaded.model)
+
+
+def _without_tokenizer(model_config: Mapping[str, Any]) -> dict[str, Any]:
+    """But for where the tokenizer's files are: `training.origin` compares what they do."""
+    text = {key: value for key, value in model_config["text_cfg"].items() if key != "hf_tokenizer_name"}
+    return {**model_config, "text_cfg": text}
 
 
 def find_samples(config: TrainConfig, world: World) -> Samples:

@@ -98,7 +98,6 @@ def test_an_unreadable_file_is_named(tmp_path: Path, name: str) -> None:
     [
         ({"multimodal_cfg": {}}, "CoCa"),
         ({"nonscalar_logit_scale": True}, "scalar"),
-        ({"text_cfg": {"hf_model_name": "roberta-base"}}, "hf_model_name.*roberta-base.*not supported"),
         ({"text_cfg": {"embed_cls": True}}, "embed_cls"),
         ({"text_cfg": {"width": 65, "heads": 2}}, "no multiple of heads"),
         (_basic(attentional_pool=True), "attentional_pool"),

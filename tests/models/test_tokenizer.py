@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import html
 import pickle
 import random
 import re
+import statistics
 import string
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from itertools import accumulate
 
 import ftfy
 import pytest
@@ -79,7 +83,7 @@ def test_rows_equal_openclips_at_any_context_length(openclip, context_length: in
 @example("Ã\u0327©")
 @settings(max_examples=400, deadline=None)
 def test_the_short_way_of_cleaning_equals_ftfys(text: str) -> None:
-    assert module._clean(text) == html.unescape(html.unescape(ftfy.fix_text(text)))
+    assert module.clean_text(text) == html.unescape(html.unescape(ftfy.fix_text(text)))
 
 
 def test_every_character_that_ftfy_suspects_is_looked_for() -> None:
@@ -89,13 +93,13 @@ def test_every_character_that_ftfy_suspects_is_looked_for() -> None:
     for first, last in re.findall(r"(.)-(.)", pattern, re.DOTALL):
         suspects |= set(range(max(0x80, ord(first)), ord(last) + 1))
     assert len(suspects) > 400
-    missed = [chr(code) for code in sorted(suspects) if not module._MAY_BE_BAD.search(chr(code) * 2)]
+    missed = [chr(code) for code in sorted(suspects) if not module._may_be_bad(chr(code) * 2)]
     assert not missed
 
 
 def test_no_lone_character_is_mojibake_to_ftfy_unless_it_is_looked_for() -> None:
     around = ["", "a", "A", " ", "a ", "? ", ".", "9", '"', "'"]
-    codes = [code for code in range(0xA0, 0x2600) if not module._MAY_BE_BAD.search(chr(code))]
+    codes = [code for code in range(0xA0, 0x2600) if not module._may_be_bad(chr(code))]
     text = "\n".join(f"{before}{chr(code)}{after}" for code in codes for before in around for after in around)
     assert not [match for match in BADNESS_RE.findall(text) if "\n" not in match]
 
@@ -158,8 +162,8 @@ def test_a_model_gives_its_context_length_and_can_be_overruled() -> None:
 @pytest.mark.parametrize(
     ("settings_", "message"),
     [
-        ({"hf_tokenizer_name": "bert-base-uncased"}, "hf_tokenizer_name"),
-        ({"tokenizer_kwargs": {"clean": "canonicalize"}}, "tokenizer_kwargs"),
+        ({"tokenizer_mode": "clips"}, "tokenizer_mode is for tokenizers of hf_tokenizer_name"),
+        ({"tokenizer_kwargs": {"clean": "canonicalize"}}, "tokenizer_kwargs is for"),
         ({"vocab_size": 1000}, "vocab_size 1000 is smaller"),
     ],
 )
@@ -170,16 +174,50 @@ def test_another_tokenizer_is_refused(settings_: dict, message: str) -> None:
         get_tokenizer(config)
 
 
+def _web_captions(count: int, seed: int, odd_share: float) -> list[str]:
+    """Words as frequent as their rank says (Zipf), a capital, a number; `odd_share` of them beyond ASCII."""
+    drawn = random.Random(seed)
+    words = [word for word in _vocabulary() if word.isalpha()]
+    frequencies = list(accumulate(1 / rank for rank in range(1, len(words) + 1)))
+    captions = []
+    for _ in range(count):
+        length = min(60, 3 + int(drawn.lognormvariate(2.1, 0.6)))
+        caption = " ".join(drawn.choices(words, cum_weights=frequencies, k=length))
+        extra = drawn.choice([" – “café”", " &amp; more", " ©2019", " 日本"]) if drawn.random() < odd_share else ""
+        captions.append(f"{caption.capitalize()}, {drawn.randint(1, 2000)}{extra}.")
+    return captions
+
+
+def _vocabulary() -> list[str]:
+    """Whole words of CLIP's vocabulary, the most frequent first."""
+    lines = gzip.decompress(module._vocabulary_bytes()).decode().split("\n")[1:30_000]
+    return [line.replace(" ", "")[: -len("</w>")] for line in lines if line.endswith("</w>")]
+
+
+def _cpu_seconds(tokenize: Callable[[list[str]], object], captions: list[str], batch: int = 256) -> float:
+    begin = time.process_time()
+    for first in range(0, len(captions), batch):
+        tokenize(captions[first : first + batch])
+    return time.process_time() - begin
+
+
 @pytest.mark.bench
 @pytest.mark.parity
-def test_it_is_several_times_faster_than_openclips(openclip) -> None:
-    """A loose bound for a busy machine; see the benchmark for the ratio."""
-    texts = [f"a photo of the {word} near a small house, {n}" for n, word in enumerate(["dog", "cat", "tree"] * 300)]
-    ours = ClipTokenizer()
-    seconds = {}
-    for name, tokenize in (("ours", ours), ("openclip", openclip)):
-        tokenize(texts)
-        begin = time.process_time()
-        tokenize(texts)
-        seconds[name] = time.process_time() - begin
-    assert seconds["ours"] * 3 < seconds["openclip"]
+@pytest.mark.parametrize("odd_share", [0.0, 0.1])
+def test_it_is_several_times_as_fast_as_openclips(openclip, odd_share: float) -> None:
+    """As in a worker that has run for a while: new captions, mostly of words seen before. Sides take turns.
+
+    A loose bound for a busy machine, where memory is what ours waits for; the figure is printed.
+    """
+    ours, ratios = ClipTokenizer(), []
+    for tokenize in (ours, openclip):
+        tokenize(_web_captions(20_000, 0, odd_share))
+    for seed in range(1, 8):
+        captions = _web_captions(4_000, seed, odd_share)
+        sides = [ours, openclip] if seed % 2 else [openclip, ours]
+        seconds = {tokenize: _cpu_seconds(tokenize, captions) for tokenize in sides}
+        ratios.append(seconds[openclip] / seconds[ours])
+        assert torch.equal(ours(captions), openclip(captions))
+    ratio = f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
+    sys.stdout.write(f"CLIP BPE, {odd_share:.0%} beyond ASCII: {ratio} times as fast as OpenCLIP's\n")
+    assert statistics.median(ratios) > 4

@@ -8,17 +8,27 @@ from pathlib import Path
 import pytest
 import torch
 
+import data
 import models
 from models.row_draws import RowDropout, RowDropPath, row_keys
 from tests.helpers.gloo import run_ranks
 from training.checkpoint import Checkpointer, optimizer_to_tensors
 from training.checkpoint import Progress as Done
-from training.config import ClusterConfig, TrainConfig
+from training.config import ClusterConfig, DataConfig, TrainConfig
 from training.config import ModelConfig as ModelSection
 from training.distributed import World, session
 from training.errors import ConfigError
 from training.optimizer import parameter_names
-from training.setup import build_learner, cuts_padding, load_start, resolve_model
+from training.plan import make_plan
+from training.setup import (
+    Samples,
+    build_learner,
+    build_transform,
+    cuts_padding,
+    load_start,
+    loader_config,
+    resolve_model,
+)
 from training.start import Fresh, Resume
 
 
@@ -157,3 +167,18 @@ def test_no_drops_are_no_layers_that_drop() -> None:
 def test_what_a_tower_cannot_drop_is_refused(model: str, drops: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         resolve_model(_with_drops(model, **drops))
+
+
+@pytest.mark.parametrize("name", [name for name in models.list_models() if "SigLIP" in name])
+def test_siglips_train_with_siglips_numbers(name: str) -> None:
+    """Black is -1, white is 1, and training resizes with the filter that evaluation has."""
+    config = TrainConfig(model=ModelSection(model=name), data=DataConfig(dataset_type="synthetic"))
+    model = resolve_model(config)
+    samples = Samples(data.open_catalog(None, None, "synthetic", 64), 64)
+    settings = loader_config(config, samples, make_plan(config.optim, 64, 1), model)
+    images = torch.stack([torch.zeros(3, 4, 4), torch.full((3, 4, 4), 255.0)]).to(torch.uint8)
+    black, white = build_transform(settings, model, World())(images, None)
+    torch.testing.assert_close(black, torch.full((3, 4, 4), -1.0))
+    torch.testing.assert_close(white, torch.full((3, 4, 4), 1.0))
+    assert settings.interpolation == model.preprocess.interpolation
+    assert model.preprocess.resize_mode == "squash"

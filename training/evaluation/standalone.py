@@ -11,6 +11,7 @@ from training.config import DataConfig, EvalConfig
 from training.distributed import World
 from training.errors import CheckpointError, ConfigError
 from training.evaluation.evaluator import Evaluator
+from training.origin import open_tokenizer
 
 
 def newest_of(checkpoint: str) -> str:
@@ -63,19 +64,23 @@ def evaluate_checkpoint(
     batch_size: int = 64,
     precision: str = "fp32",
     averaged: bool = False,
+    tokenizer: str | None = None,
 ) -> dict[str, float]:
     """The figures of all sets, under their names in `metrics.jsonl`; the same on every rank. Collective.
 
+    tokenizer: where its files are, instead of where they were when the model was trained.
     Raises ConfigError, CheckpointError or DataError; a set that cannot be read is an error here.
     """
     if not (sets.zeroshot_data or sets.imagenet_val or data.val_data):
         raise ConfigError("nothing to evaluate: give --zeroshot-data, --imagenet-val or --val-data")
     with world.collectively(f"--checkpoint {checkpoint}"):
         clip = load_model(checkpoint, model, world, averaged)
+        origin = models.read_provenance(newest_of(checkpoint))
+    reader = open_tokenizer(models.config_with(clip.config, tokenizer=tokenizer), origin, world)
     evaluator = Evaluator(
         sets,
         data,
-        models.get_tokenizer(clip.config),
+        reader,
         models.InferenceTransform(clip.config.preprocess),
         world,
         batch_size=batch_size,
