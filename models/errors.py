@@ -11,3 +11,9 @@ class CheckpointError(RuntimeError):
     """A weights file or checkpoint that cannot be read, or does not belong to this model."""
 
     exit_code = 2
+
+
+class ExportError(CheckpointError):
+    """What was written for another library is not the same model to it."""
+
+    exit_code = 1

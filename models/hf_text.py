@@ -27,6 +27,7 @@ class Architecture:
     blocks: str
     has_pooling_layer: bool = False
     offset_by_padding: bool = False
+    shardable: bool = True
 
 
 # By `model_type`: those that OpenCLIP knows.
@@ -35,7 +36,8 @@ ARCHITECTURES = {
     "xlm-roberta": Architecture("encoder.layer", has_pooling_layer=True, offset_by_padding=True),
     "bert": Architecture("encoder.layer", has_pooling_layer=True),
     "mt5": Architecture("block"),
-    "m2m_100": Architecture("layers"),
+    # Its forward pass in transformers fails on parameters that are shards.
+    "m2m_100": Architecture("layers", shardable=False),
 }
 
 PROJECTIONS = ("linear", "mlp", "none")
@@ -78,6 +80,11 @@ class HFTextTower(nn.Module):
         mask_BL = tokens != self.pad_id
         output = self.transformer(input_ids=tokens, attention_mask=mask_BL.long())
         return self.proj(self._pool(output, mask_BL))
+
+    @property
+    def shardable(self) -> bool:
+        """Whether the encoder runs under FSDP2."""
+        return ARCHITECTURES[self.hf_config.model_type].shardable
 
     def text_blocks(self) -> list[nn.Module]:
         """The encoder's layers: the units to compile, shard and recompute."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import models
 from models.export import TARGETS, check_export, export_model
 from training.card import write_card
+from training.checkpoint import MODEL_CONFIG_FILE
 from training.errors import UserError
 from training.evaluation.standalone import find_model
 
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = models.create_model(name, weights, force_quick_gelu=args.force_quick_gelu)
         agreements = export_model(model, targets, args.out, args.overwrite)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        write_card(args.out, model.config, num_parameters, targets, _run_folder(Path(weights)))
+        write_card(args.out, model.config, num_parameters, targets, _checkpoint_folder(Path(weights)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -33,9 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run_folder(checkpoint: Path) -> Path | None:
-    """The run of a checkpoint folder in its place, `<run>/checkpoints/<checkpoint>`."""
-    return checkpoint.resolve().parent.parent if checkpoint.resolve().parent.name == "checkpoints" else None
+def _checkpoint_folder(weights: Path) -> Path | None:
+    """The folder that knows what the weights are, if they lie in one."""
+    folder = weights if weights.is_dir() else weights.parent
+    return folder if (folder / MODEL_CONFIG_FILE).is_file() else None
 
 
 def _parser() -> argparse.ArgumentParser:

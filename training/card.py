@@ -1,8 +1,14 @@
-"""The model card of an export: README.md, beside one folder per target. Reads a run's files; loads no weights."""
+"""The model card of an export: README.md, beside one folder for each target.
+
+Reads a checkpoint's and its run's files; loads no weights. The parts are those of the cards of published models.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -10,11 +16,14 @@ from typing import Any
 import yaml
 
 from models import ModelConfig, pair
+from training.checkpoint import CHECKPOINTS, CONFIG_FILE, STATE_FILE
+from training.cli import settings as known_settings
+from training.config import from_flat
 from training.metrics import FILE_NAME, read_metrics
 from training.plots import plot_runs
-from training.secrets import mask_secrets
+from training.secrets import mask_text
 
-CARD_FILE, CURVES_FILE, CONFIG_FILE = "README.md", "curves.png", "config.yaml"
+CARD_FILE, CURVES_FILE = "README.md", "curves.png"
 
 _OPENCLIP = """\
 import open_clip
@@ -28,7 +37,7 @@ image = preprocess(Image.new("RGB", (640, 480), "orange")).unsqueeze(0)  # your 
 with torch.inference_mode():
     image_features = model.encode_image(image, normalize=True)
     text_features = model.encode_text(tokenizer(["an orange square", "a cat"]), normalize=True)
-print((model.logit_scale.exp() * image_features @ text_features.T).softmax(dim=-1))
+    print((model.logit_scale.exp() * image_features @ text_features.T).softmax(dim=-1))
 """
 _TRANSFORMERS = """\
 import torch
@@ -116,16 +125,21 @@ $code
 """)
 
 
-def write_card(out: Path, config: ModelConfig, num_parameters: int, targets: Sequence[str], run: Path | None) -> Path:
-    """Writes `out/README.md`, and the curves beside it where `run`, the run's folder, has metrics."""
-    records = list(read_metrics(run / FILE_NAME)) if run and (run / FILE_NAME).is_file() else []
-    if run and records:
-        plot_runs([run], out / CURVES_FILE)
+def write_card(
+    out: Path, config: ModelConfig, num_parameters: int, targets: Sequence[str], checkpoint: Path | None
+) -> Path:
+    """Writes `out/README.md`, and the curves beside it where the checkpoint's run has metrics.
+
+    checkpoint: the checkpoint folder that the weights are from, if they are from one; what came after it is left out.
+    """
+    run = None if checkpoint is None else read_training(checkpoint)
+    if run is not None and run.folder is not None and run.records:
+        plot_runs([run.folder], out / CURVES_FILE)
     card = _CARD.substitute(
         name=config.name or "CLIP",
         details=_details(config, num_parameters),
-        training=_training(run, records),
-        evaluation=_evaluation(records),
+        training="The weights came without the settings of their run." if run is None else _training(run),
+        evaluation=_evaluation(run.records if run else []),
         code="\n\n".join(f"**{_CODE[target][0]}**\n\n```python\n{_CODE[target][1]}```" for target in targets),
     )
     path = out / CARD_FILE
@@ -133,36 +147,83 @@ def write_card(out: Path, config: ModelConfig, num_parameters: int, targets: Seq
     return path
 
 
+@dataclass(frozen=True)
+class Training:
+    """What a checkpoint folder tells of its training: flat settings, state, and the run's records up to it."""
+
+    settings: dict[str, Any]
+    state: dict[str, Any]
+    folder: Path | None
+    records: list[dict[str, Any]]
+
+
+def read_training(checkpoint: Path) -> Training | None:
+    """None for a folder that keeps no settings, as a soup's."""
+    if not (checkpoint / CONFIG_FILE).is_file() or not (checkpoint / STATE_FILE).is_file():
+        return None
+    settings = yaml.safe_load((checkpoint / CONFIG_FILE).read_text(encoding="utf-8"))
+    state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    folder = checkpoint.resolve().parent.parent
+    if checkpoint.resolve().parent.name != CHECKPOINTS or not (folder / FILE_NAME).is_file():
+        return Training(settings, state, None, [])
+    records = [record for record in read_metrics(folder / FILE_NAME) if record["step"] <= state["progress"]["step"]]
+    return Training(settings, state, folder, records)
+
+
+def command_of(values: Mapping[str, Any]) -> str:
+    """The command line that gives these settings, without those that are the default, and without credentials."""
+    lines = ["python -m training.main"]
+    for name, setting in known_settings().items():
+        value = values.get(name, setting.default)
+        if value in (setting.default, None) or (isinstance(value, list) and tuple(value) == setting.default):
+            continue
+        if isinstance(value, bool):
+            lines.append(setting.flag if value else f"--no-{setting.flag.removeprefix('--')}")
+        else:
+            words = value if isinstance(value, list | tuple) else [value]
+            lines.append(" ".join([setting.flag, *(shlex.quote(str(word)) for word in words)]))
+    return mask_text(" \\\n    ".join(lines))
+
+
 def _details(config: ModelConfig, num_parameters: int) -> str:
     height, width = pair(config.preprocess.size)
+    vision, text = config.vision_cfg, config.text_cfg
+    native = f"{vision.layers} layers, width {vision.width}, patch {vision.patch_size}"
     rows = {
         "parameters": f"{num_parameters / 1e6:.1f} million",
         "image": f"{height} × {width} pixels, {config.preprocess.interpolation}, {config.preprocess.resize_mode}",
-        "image tower": config.vision_cfg.timm_model_name or f"width {config.vision_cfg.width}",
-        "text": f"{config.text_cfg.context_length} tokens, width {config.text_cfg.width}",
+        "image tower": vision.timm_model_name or native,
+        "text": f"{text.context_length} tokens of {text.vocab_size}",
+        "text tower": text.hf_model_name or f"{text.layers} layers, width {text.width}, {text.heads} heads",
+        "activation": "QuickGELU" if config.quick_gelu else "GELU",
         "features": str(config.embed_dim),
     }
     return _table(("property", "value"), rows)
 
 
-def _training(run: Path | None, records: Sequence[dict[str, Any]]) -> str:
-    if run is None or not (run / CONFIG_FILE).is_file():
-        return "The weights came without the settings of their run."
-    settings = mask_secrets(yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8")))
-    seen = f"Samples seen: {max(record['samples_seen'] for record in records)}.\n\n" if records else ""
-    command = "```\npython -m training.main --config config.yaml\n```"
-    listing = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    return f"{seen}{command}\n\nwith data and hyper-parameters in `config.yaml`:\n\n```yaml\n{listing}```"
+def _training(run: Training) -> str:
+    optim = from_flat(run.settings).optim
+    world_size = run.state["world_size"]
+    rows = {
+        "data": str(run.settings.get("train_data") or "generated"),
+        "samples seen": f"{run.state['progress']['samples_seen']:,}",
+        "steps": f"{run.state['progress']['step']:,}",
+        "global batch": f"{optim.batch_size * optim.accum_freq * world_size:,} on {world_size} GPUs",
+        "peak learning rate": f"{optim.lr:g}, {optim.lr_scheduler}",
+        "weight decay": f"{optim.wd:g}",
+        "precision": str(run.settings.get("precision")),
+    }
+    masked = {key: mask_text(value) for key, value in rows.items()}
+    return f"{_table(('setting', 'value'), masked)}\n\n```bash\n{command_of(run.settings)}\n```"
 
 
 def _evaluation(records: Sequence[dict[str, Any]]) -> str:
     newest = {key: value for record in records for key, value in record.items() if key.startswith("val/")}
-    if not newest:
-        return "Not evaluated during training."
-    rows = {key.removeprefix("val/"): f"{value:.4f}" for key, value in newest.items()}
-    return f"{_table(('metric', 'value'), rows)}\n\n![Curves of the run]({CURVES_FILE})"
+    rows = {key.removeprefix("val/"): f"{value:.4f}" for key, value in newest.items() if isinstance(value, int | float)}
+    table = _table(("metric", "value"), rows) if rows else "Not evaluated during training."
+    return f"{table}\n\n![Curves of the run]({CURVES_FILE})" if records else table
 
 
-def _table(head: tuple[str, str], rows: dict[str, str]) -> str:
+def _table(head: tuple[str, str], rows: Mapping[str, str]) -> str:
     lines = [f"| {head[0]} | {head[1]} |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
     return "\n".join(lines)

@@ -335,9 +335,10 @@ def verify_weights(source: str) -> None:
 
     Raises CheckpointError when they differ.
     """
-    folder = Path(source).parent if Path(source).name == MODEL_FILE else Path(source)
+    path = Path(source)
+    folder, weights = (path.parent, path.name) if path.name in (MODEL_FILE, EMA_FILE) else (path, MODEL_FILE)
     if (folder / MANIFEST).is_file():
-        verify_checkpoint(folder, only=(MODEL_FILE, MODEL_CONFIG_FILE))
+        verify_checkpoint(folder, only=(weights, MODEL_CONFIG_FILE))
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,10 @@ def build_learner(
         # Order matters: weights are loaded under their plain names.
         with world.collectively("--lora-rank"):
             _adapt(model, config.model, loaded)
+    if config.cluster.fsdp and not getattr(model.text_tower, "shardable", True):
+        raise ConfigError(
+            f"--fsdp: the text tower {model_config.text_cfg.hf_model_name} cannot be sharded; leave it out"
+        )
     wrapped = parallelize(model, config.model, config.cluster, world)  # Collective:
     scales = layer_scales(model, config.optim.image_layer_decay, config.optim.text_layer_decay)
     optimizer = build_optimizer(model, config.optim, model_config.name, model.no_weight_decay(), scales)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from models.clip import CLIP
 from models.config import ModelConfig
-from models.errors import CheckpointError, ConfigError
+from models.errors import ConfigError, ExportError
 from models.export.target import Target
 from models.export.verify import Agreement, verify
 
@@ -36,7 +36,7 @@ def export_model(model: CLIP, names: Sequence[str], out: Path, overwrite: bool =
     """Writes `out/<target>` for each target; returns how far the features that its library reads are from the model's.
 
     All are written and compared in a folder beside `out`, so that one that fails leaves `out` as it was. Raises
-    ConfigError before any work, and CheckpointError where a library reads another model or a file cannot be written.
+    ConfigError before any work, and ExportError where a library reads another model or a file cannot be written.
     """
     check_export(model.config, names, out, overwrite)
     model = model.eval().cpu().float()
@@ -51,14 +51,26 @@ def export_model(model: CLIP, names: Sequence[str], out: Path, overwrite: bool =
                 shutil.rmtree(out / name, ignore_errors=True)
                 (Path(scratch) / name).rename(out / name)
     except OSError as error:
-        raise CheckpointError(f"{out}: {error.strerror or error}") from error
+        raise ExportError(f"{out}: {error.strerror or error}") from error
     return agreements
 
 
 def _write_and_verify(model: CLIP, target: Target, folder: Path) -> Agreement:
     folder.mkdir()
     target.write(model, folder)
-    return verify(model, target, target.read(folder, model))
+    try:
+        encoders = target.read(folder, model)
+    except (ConfigError, OSError):
+        raise
+    except Exception as error:  # of any library, which must not take files for read that it cannot read
+        raise ExportError(
+            f"--to {target.name}: it cannot read what was written for it: {_first_line(error)}"
+        ) from error
+    return verify(model, target, encoders)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _target(name: str) -> Target:

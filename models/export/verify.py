@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.clip import CLIP
 from models.config import PreprocessConfig
-from models.errors import CheckpointError, ConfigError
+from models.errors import ConfigError, ExportError
 from models.export.target import Encoders, Target
 from models.factory import get_tokenizer
 from models.preprocess import InferenceTransform
@@ -47,7 +47,7 @@ class Agreement:
 
 @torch.no_grad()
 def verify(model: CLIP, target: Target, encoders: Encoders) -> Agreement:
-    """Compares features of the same input. Raises CheckpointError where they differ by more than the target allows."""
+    """Compares features of the same input. Raises ExportError where they differ by more than the target allows."""
     pictures = [draw_picture(number) for number in range(3)]
     transform = InferenceTransform(model.config.preprocess)
     pixels = torch.stack([transform(picture) for picture in pictures])
@@ -62,7 +62,7 @@ def verify(model: CLIP, target: Target, encoders: Encoders) -> Agreement:
     )
     exact = [value for value in (found.image, found.text, found.caption) if value is not None]
     if not max(exact) <= target.tolerance or not (found.grey_levels or 0.0) <= GREY_LEVELS:
-        raise CheckpointError(
+        raise ExportError(
             f"{target.name} gives other features than this model: {found}; allowed are {target.tolerance:g}, and "
             f"{GREY_LEVELS:g} grey levels"
         )
