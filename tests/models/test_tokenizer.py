@@ -207,7 +207,7 @@ def _cpu_seconds(tokenize: Callable[[list[str]], object], captions: list[str], b
 def test_it_is_several_times_as_fast_as_openclips(openclip, odd_share: float) -> None:
     """As in a worker that has run for a while: new captions, mostly of words seen before. Sides take turns.
 
-    A loose bound for a busy machine, where memory is what ours waits for; the figure is printed.
+    The bound is loose, for a busy machine; the figure is printed.
     """
     ours, ratios = ClipTokenizer(), []
     for tokenize in (ours, openclip):
@@ -220,4 +220,4 @@ def test_it_is_several_times_as_fast_as_openclips(openclip, odd_share: float) ->
         assert torch.equal(ours(captions), openclip(captions))
     ratio = f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
     sys.stdout.write(f"CLIP BPE, {odd_share:.0%} beyond ASCII: {ratio} times as fast as OpenCLIP's\n")
-    assert statistics.median(ratios) > 4
+    assert statistics.median(ratios) > 8
