@@ -65,10 +65,10 @@ class CoCa(CLIP):
     text: TextTower
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        assert config.multimodal_cfg is not None
         if config.text_cfg.hf_model_name:
             raise ConfigError("multimodal_cfg: a decoder behind a Hugging Face text tower is not supported")
+        super().__init__(config)
+        assert config.multimodal_cfg is not None
         if not isinstance(self.visual, VisionTransformer):
             raise ConfigError("multimodal_cfg: CoCa needs a native vision transformer, which gives image tokens")
         decoder_width = config.multimodal_cfg.width

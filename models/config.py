@@ -165,6 +165,8 @@ class ModelConfig:
         _check_text(self.text_cfg)
         if self.text_cfg.hf_model_name and not self.custom_text:
             raise ConfigError("custom_text must be true for a tower of transformers: its keys are under text.")
+        if self.multimodal_cfg is not None and not self.custom_text:
+            raise ConfigError("custom_text must be true for a CoCa model: the keys of its text tower are under text.")
         if pair(self.preprocess.size) != pair(self.vision_cfg.image_size):
             raise ConfigError(
                 f"preprocess_cfg.size {self.preprocess.size} differs from vision_cfg.image_size "

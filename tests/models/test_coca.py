@@ -161,7 +161,7 @@ def test_the_output_matrix_is_drawn_and_not_left_to_chance() -> None:
         ("vision_cfg", {"attentional_pool": False}, "multimodal_cfg.width 32: the tokens of vision_cfg have width 64"),
         ("vision_cfg", {"attentional_pool": "cascade"}, "vision_cfg.attentional_pool: true is supported"),
         ("vision_cfg", {"layers": [1, 1, 1, 1], "attentional_pool": False}, "CoCa needs a native vision transformer"),
-        ("text_cfg", {"hf_model_name": "roberta-base"}, "Hugging Face"),
+        ("text_cfg", {"hf_model_name": "roberta-base"}, "a decoder behind a Hugging Face text tower is not supported"),
     ],
 )
 def test_towers_without_fitting_tokens_are_refused(section: str, settings: dict[str, object], message: str) -> None:

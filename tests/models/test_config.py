@@ -96,11 +96,11 @@ def test_an_unreadable_file_is_named(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"multimodal_cfg": {}}, "CoCa"),
+        ({"multimodal_cfg": {}}, "custom_text must be true for a CoCa"),
+        ({"multimodal_cfg": {}, "custom_text": True}, "multimodal_cfg.width 512: the tokens of vision_cfg"),
         ({"nonscalar_logit_scale": True}, "scalar"),
-        ({"text_cfg": {"embed_cls": True}}, "embed_cls"),
         ({"text_cfg": {"width": 65, "heads": 2}}, "no multiple of heads"),
-        (_basic(attentional_pool=True), "attentional_pool"),
+        (_basic(attentional_pool="parallel"), "attentional_pool"),
         (_basic(qk_norm=True), "qk_norm"),
         (_basic(head_width=48), "no multiple of head_width"),
         (_basic(pool_type="max"), "pool_type"),

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import CLIP, ModelConfig, build_model, config_with, list_models, load_model_config, load_pretrained
+from models import CLIP, ModelConfig, build_model, config_with, load_model_config, load_pretrained
+from models.export.to_openclip import schema
 from tests.models.conftest import FAMILIES
 
 pytestmark = pytest.mark.parity
@@ -128,24 +129,6 @@ def test_gradients_are_equal(kind: str, tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("name", [name for name in list_models() if not name.startswith("tiny")])
-def test_a_registered_model_has_the_keys_and_shapes_of_openclips_model_of_that_name(name: str) -> None:
-    raw = open_clip.get_model_config(name)
-    kind = open_clip.CustomTextCLIP if raw.pop("custom_text", False) else open_clip.CLIP
-    with torch.device("meta"):
-        theirs, ours = kind(**raw), build_model(load_model_config(name))
-    assert _shapes(ours) == _shapes(theirs)
-    assert [name for name, _ in ours.named_buffers() if name in ours.state_dict()] == [
-        name for name, _ in theirs.named_buffers() if name in theirs.state_dict()
-    ]
-
-
-@pytest.mark.parametrize("name", [name for name in list_models() if not name.startswith("tiny")])
-def test_a_registered_model_has_every_setting_of_openclips_model_of_that_name(name: str) -> None:
-    raw = open_clip.get_model_config(name)
-    assert ModelConfig.from_dict(raw, name) == load_model_config(name)
-
-
 @pytest.mark.parametrize(("kind", "size"), [("vit", 64), ("vit", 24), ("timm_vit", 96), ("timm_mlp", 96)])
 def test_resized_models_give_openclips_features(kind: str, size: int, tmp_path: Path) -> None:
     small, theirs_small = _pair(CONFIGS[kind], tmp_path)
@@ -175,17 +158,16 @@ def test_a_longer_context_gives_openclips_features(tmp_path: Path) -> None:
         _assert_close(ours.encode_text(tokens), theirs.encode_text(tokens))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, "tiny-test-coca"])
 def test_initial_values_have_openclips_spread(name: str, tmp_path: Path) -> None:
     """Standard deviations of many values, exact equality of the constant ones."""
     path = tmp_path / f"spread-{name}.json"
-    raw = load_model_config(name).to_dict()
-    # What a checkpoint stores of a model is what OpenCLIP builds it from.
-    path.write_text(json.dumps({key: raw[key] for key in raw if key not in ("name", "preprocess_cfg")}))
+    path.write_text(json.dumps(schema(load_model_config(name))["model_cfg"]))
     open_clip.add_model_config(path)
     theirs, ours = open_clip.create_model(path.stem).state_dict(), build_model(load_model_config(name)).state_dict()
     for key, other in theirs.items():
-        if not other.is_floating_point():
+        # OpenCLIP leaves a decoder's output matrix as its memory happens to be.
+        if not other.is_floating_point() or key == "text_decoder.text_projection":
             continue
         std, mine = other.float().std(correction=0).item(), ours[key].float().std(correction=0).item()
         if std == 0:
