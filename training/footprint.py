@@ -43,8 +43,8 @@ class Footprint(TorchDispatchMode):
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        pointer = storage.data_ptr()
-        if pointer == 0 or pointer in self._seen:
+        pointer = _pointer(tensor)
+        if storage.nbytes() == 0 or pointer in self._seen:
             return
         self._seen.add(pointer)
         self._live_bytes += storage.nbytes()
@@ -71,7 +71,8 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _pointer(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    # Of the storage, which tensors without memory have too.
+    return tensor.untyped_storage()._cdata
 
 
 def _size_of(part: Any) -> int:

@@ -67,3 +67,17 @@ def filled(images: Tensor | None, batch_size: int, image_size: tuple[int, int]) 
         return torch.zeros(batch_size, 3, *image_size)
     missing = batch_size - len(images)
     return images if missing == 0 else torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
+
+
+def with_checked_labels(batches: Iterator[EvalBatch], num_classes: int) -> Iterator[EvalBatch]:
+    """The batches; DataConfigError at the first label that no class name belongs to."""
+    for batch in batches:
+        assert batch.labels is not None
+        wrong = (batch.labels < 0) | (batch.labels >= num_classes)
+        if wrong.any():
+            first = int(wrong.nonzero()[0])
+            raise DataConfigError(
+                f"sample {int(batch.indices[first])} of the set has label {int(batch.labels[first])}, but there are "
+                f"{num_classes} class names: labels run from 0 to {num_classes - 1}, in the order of the names"
+            )
+        yield batch
