@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import models
+from models.profile import profile_model
 from training.footprint import Footprint, bytes_of
 from training.precision import autocast
 
@@ -36,18 +36,21 @@ class Costs:
 def measure_costs(
     config: models.ModelConfig, micro_batch: int, precision: str, grad_checkpointing: bool, caption_tokens: int
 ) -> Costs:
-    """The costs of a model and a micro-batch; `caption_tokens` of each text are computed for the FLOPs.
+    """The costs of a model and a micro-batch; FLOPs are those of texts of `caption_tokens`.
 
-    Memory is that of texts that fill the context, which every run must be able to hold.
+    Memory is that of texts that fill the context, which every run must be able to hold. Raises ConfigError for a model
+    that cannot be built.
     """
     model = _without_memory(config)
-    model.set_grad_checkpointing(grad_checkpointing)
+    if grad_checkpointing:
+        model.set_grad_checkpointing()
+    counted = profile_model(models.config_with(config, context_length=caption_tokens))
     return Costs(
         num_parameters=sum(p.numel() for p in model.parameters()),
         weight_bytes=bytes_of(model.state_dict().values()),
         block_bytes=max((bytes_of(block.parameters()) for block in model.blocks()), default=0),
         activation_bytes=_activation_bytes(model, micro_batch, precision),
-        sample_flops=_sample_flops(model, caption_tokens),
+        sample_flops=2 * counted.total.macs,
     )
 
 
@@ -66,9 +69,8 @@ def _activation_bytes(model: models.CLIP, micro_batch: int, precision: str) -> i
         with Footprint() as footprint:
             # The processor's autocast casts what a GPU's does in these towers, and needs no GPU to be there.
             with autocast(precision, torch.device("cpu")):
-                image, text, scale, *_ = model(images, tokens)
-            assert image is not None and text is not None and scale is not None
-            ((image.sum() + text.sum()) * scale).backward()
+                outputs = [output for output in model(images, tokens) if output is not None]
+            torch.stack([output.float().mean() for output in outputs]).sum().backward()
     return footprint.peak_bytes
 
 
@@ -82,11 +84,3 @@ def _fill_with_fakes(model: nn.Module) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-
-
-def _sample_flops(model: models.CLIP, caption_tokens: int) -> int:
-    with FakeTensorMode(), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        _fill_with_fakes(model)
-        model.encode_image(torch.empty(1, 3, *model.visual.image_size))
-        model.encode_text(torch.zeros(1, caption_tokens, dtype=torch.int64))
-    return counter.get_total_flops()
