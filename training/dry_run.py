@@ -25,22 +25,13 @@ from training.distributed import World, pick_device
 from training.errors import EXIT_DONE
 from training.footprint import Footprint, bytes_of
 from training.launch import Launch
+from training.learner import Learner, build_learner
 from training.losses.blocks import block_bytes
 from training.optimizer import describe_optimizer, parameter_names
 from training.origin import open_tokenizer, read_origin, tell_preprocess
 from training.plan import Plan, make_plan
 from training.schedule import describe_schedule, learning_rate
-from training.setup import (
-    Learner,
-    Samples,
-    build_learner,
-    build_step,
-    cuts_padding,
-    describe_model,
-    find_samples,
-    loader_config,
-    resolve_model,
-)
+from training.setup import Samples, build_step, cuts_padding, describe_model, find_samples, loader_config, resolve_model
 from training.sinks import parse_report_to
 from training.start import Fresh, Pretrained
 from training.teacher import resolve_teacher

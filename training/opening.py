@@ -17,6 +17,7 @@ from training.facts import Facts
 from training.feed import Feed
 from training.folder import RunFolder
 from training.guard import NonFiniteGuard
+from training.learner import Learner
 from training.loop import Cadence, Job
 from training.metrics import MetricsLog, read_metrics
 from training.preemption import Preemption
@@ -25,11 +26,7 @@ from training.report import Reporter
 from training.rollback import Rollback, rollbacks_of
 from training.saving import Saver
 from training.schedule import learning_rate
-from training.setup import (
-    Learner,
-    build_step,
-    loader_config,
-)
+from training.setup import build_step, loader_config
 from training.shortage import Load, explained
 from training.sinks import SinkSettings, build_trackers, new_wandb_id, parse_report_to
 from training.step import TrainStep

@@ -18,11 +18,12 @@ from training.distributed import World
 from training.errors import CheckpointError, NonFiniteError
 from training.feed import Feed
 from training.guard import RollbackDue
+from training.learner import Learner, restore
 from training.nodes import on_every_node
 from training.plan import Plan
 from training.report import Reporter
 from training.saving import Saver
-from training.setup import Learner, restore, start_progress
+from training.setup import start_progress
 from training.uploader import Uploader
 
 log = logging.getLogger(__name__)

@@ -16,16 +16,14 @@ from training.errors import EXIT_DONE, EXIT_PREEMPTED, PeerError, StoppedEarly, 
 from training.evaluation import Evaluator
 from training.facts import Facts, announce, settle
 from training.folder import RunFolder, run_folder
+from training.learner import build_learner
 from training.loop import run_loop
 from training.nodes import on_every_node, refuse_newer_elsewhere
 from training.opening import build_evaluator, evaluation_missing, open_feed, open_job, open_uploader, prepare_step
 from training.optimizer import describe_optimizer
 from training.preemption import Preemption
 from training.remote import open_remote, run_remote
-from training.setup import (
-    build_learner,
-    describe_model,
-)
+from training.setup import describe_model
 from training.shortage import explained
 from training.start import LATEST
 from training.uploader import finish_upload

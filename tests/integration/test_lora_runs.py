@@ -19,9 +19,10 @@ from tests.helpers.shards import write_shards
 from training.checkpoint import load_checkpoint
 from training.cli import parse_args
 from training.distributed import World
+from training.learner import build_learner, restore
 from training.main import main
 from training.optimizer import parameter_names
-from training.setup import build_learner, resolve_model, restore
+from training.setup import resolve_model
 from training.start import Fresh
 
 pytest.importorskip("peft", reason="the adapters are peft's")

@@ -24,13 +24,14 @@ from tests.helpers.gloo import run_ranks
 from training.combinations import refusals
 from training.config import ClusterConfig, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from training.distributed import World, session
+from training.learner import lock_as_told
 from training.losses.objective import build_objective
 from training.main import main
 from training.optimizer import build_optimizer
 from training.parallel import parallelize
 from training.precision import LossScale, build_loss_scale
 from training.rules import check_config
-from training.setup import SIGLIP_BIAS, SIGLIP_LOG_SCALE, lock_as_told
+from training.setup import SIGLIP_BIAS, SIGLIP_LOG_SCALE
 from training.sharding import gathering
 from training.step import TrainStep
 from training.witness import Witness, average, average_in_bf16

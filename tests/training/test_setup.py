@@ -18,17 +18,10 @@ from training.config import ClusterConfig, DataConfig, TrainConfig
 from training.config import ModelConfig as ModelSection
 from training.distributed import World, session
 from training.errors import ConfigError
+from training.learner import build_learner
 from training.optimizer import parameter_names
 from training.plan import make_plan
-from training.setup import (
-    Samples,
-    build_learner,
-    build_transform,
-    cuts_padding,
-    load_start,
-    loader_config,
-    resolve_model,
-)
+from training.setup import Samples, build_transform, cuts_padding, load_start, loader_config, resolve_model
 from training.start import Fresh, Resume
 
 

@@ -18,18 +18,11 @@ from tests.helpers.gloo import run_ranks
 from training.cli import parse_args
 from training.config import ClusterConfig, TrainConfig
 from training.distributed import World, session
+from training.learner import Learner, build_learner
 from training.optimizer import parameter_names
 from training.optimizer_state import optimizer_to_tensors
 from training.plan import make_plan
-from training.setup import (
-    Learner,
-    build_learner,
-    build_step,
-    cuts_padding,
-    find_samples,
-    loader_config,
-    resolve_model,
-)
+from training.setup import build_step, cuts_padding, find_samples, loader_config, resolve_model
 from training.sharding import local
 from training.start import Fresh
 from training.step import TrainStep
