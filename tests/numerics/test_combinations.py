@@ -130,7 +130,7 @@ FULL = [
         loss=("clip", "dense", "siglip", "distill"),
     )
     # The loss is outside of the compiled blocks and of the trunks, and where weights lie in memory outside of it.
-    if cell.loss == "clip" or not (cell.compiled or cell.wrapper == "ddp-nhwc" or cell.trunk == "convnext")
+    if cell.loss == "clip" or not (cell.compiled or cell.wrapper == "ddp-nhwc" or cell.trunk != "native")
 ]
 LOCKED = [
     *product(wrapper=("ddp", "static", "fsdp"), checkpointing=(False, True), accum=(1, 2), lock=("image", "text")),
