@@ -13,7 +13,7 @@ import resource
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from training.config import ClusterConfig
 from training.errors import EXIT_FAILED, ConfigError, PeerError, StoppedEarly
-from training.health import Health, watched
+from training.health import STORE_ERRORS, Health, watched
 from training.launch import Launch, read_launch
 from training.pulse import Pulse
 from training.rendezvous import open_store
@@ -244,7 +244,9 @@ def session(cluster: ClusterConfig, settings: Mapping[str, Any] | None = None) -
         groups = _process_groups(backend, fresh, launch, device, timeouts)
         # Twice: an error inside must be known to the others before the groups are left.
         with watched(health), groups as control, watched(health):
-            health.greet_mates()
+            # A store that is gone already has gone with rank 0, which may have had nothing to do.
+            with suppress(*STORE_ERRORS):
+                health.greet_mates()
             yield replace(world, control=control, timeouts=timeouts, health=health)
     finally:
         # Order matters: it still watches while the groups are left, which may hang.

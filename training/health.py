@@ -35,7 +35,7 @@ _LOST_S = 15.0  # to find out which rank a broken connection belonged to
 _TIMEOUT_SLACK_S = 5.0
 _MAX_FRAMES = 16
 _GONE = ("gone", "dead")
-_STORE_ERRORS = (dist.DistError, RuntimeError, TimeoutError, ConnectionError)
+STORE_ERRORS = (dist.DistError, RuntimeError, TimeoutError, ConnectionError)
 
 
 class Health:
@@ -90,7 +90,7 @@ class Health:
         if self._thread.is_alive():
             self._thread.join(self._period_s + 1)
         if self._refused_since is None:
-            with suppress(*_STORE_ERRORS):
+            with suppress(*STORE_ERRORS):
                 self._board.publish(self._beat(ended=True))
                 if self._rank == 0 and self._alarm is not None:
                     self._linger()
@@ -106,7 +106,7 @@ class Health:
         if self._size == 1 or isinstance(error, PeerError | StoppedEarly):
             return
         text = f"rank {self._rank} on {self._pulse.host} ended: {type(error).__name__}: {first_line(error)}"
-        with suppress(*_STORE_ERRORS):
+        with suppress(*STORE_ERRORS):
             self._alarm = self._board.raise_alarm(Alarm(self._rank, text, _code_of(error)))
 
     def explained(self, error: Exception) -> Exception:
@@ -123,7 +123,7 @@ class Health:
             try:
                 self._round()
                 self._refused_since = None
-            except _STORE_ERRORS as error:
+            except STORE_ERRORS as error:
                 if not self._stop.is_set():
                     self._without_store(error)
             except Exception:
@@ -268,7 +268,7 @@ class Health:
     def _find_lost(self, error: Exception) -> Alarm:
         """Waits for the alarm that explains `error`, or for the first rank that falls silent, and raises it."""
         if "timed out" in str(error).lower():
-            with suppress(*_STORE_ERRORS):
+            with suppress(*STORE_ERRORS):
                 return self._board.raise_alarm(self._timed_out())
         ages, deadline = Ages(), time.monotonic() + _LOST_S
         while time.monotonic() < deadline:
@@ -279,7 +279,7 @@ class Health:
                 return self._store_lost()
             try:
                 alarm = self._board.notices()[0] or (self._may_speak and self._silent(ages))
-            except _STORE_ERRORS:
+            except STORE_ERRORS:
                 alarm = None
             if alarm:
                 return alarm

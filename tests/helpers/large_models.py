@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-_SMALL = 100_000  # elements; what is drawn or filled in place below this may be a buffer that counts
+_SMALL = 1_000_000  # elements; what is drawn or filled in place below this may be a buffer that counts
 
 
 class without_initialisation(TorchFunctionMode):
