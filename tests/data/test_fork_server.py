@@ -83,7 +83,7 @@ def test_a_killed_trainer_leaves_nothing(shards: Shards, tmp_path: Path, workers
         poll(lambda: b"sleep" in b"".join(_marked(tmp_path).values()), 30, "the endless read", trainer)
         names = _shared_names(list(_marked(tmp_path)))
         trainer.signal(signal.SIGKILL, group=group)
-        poll(lambda: not _marked(tmp_path), 5, f"end of {_marked(tmp_path)}")
+        poll(lambda: not _marked(tmp_path), 20, f"end of {_marked(tmp_path)}")
     assert not [name for name in names if os.path.exists(name)]
     assert not list(scratch.rglob("*"))
 
