@@ -102,5 +102,10 @@ def _marked(mark: Path) -> dict[int, bytes]:
 
 def _shared_names(pids: list[int]) -> set[str]:
     """The files under /dev/shm that these processes have mapped."""
-    maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in pids)
-    return set(re.findall(r"/dev/shm/\S+$", maps, re.MULTILINE))
+    names: set[str] = set()
+    for pid in pids:
+        try:
+            names |= set(re.findall(r"/dev/shm/\S+$", Path(f"/proc/{pid}/maps").read_text(), re.MULTILINE))
+        except OSError:  # a passing one (a compiler's, say) has ended since it was listed
+            continue
+    return names
