@@ -10,6 +10,8 @@ import pytest
 import yaml
 
 from tests.helpers.process import ROOT
+from training.config import DataConfig, EvalConfig
+from training.evaluation.specs import specs_of
 
 FILES = sorted((ROOT / "configs" / "eval").glob("*.yaml"))
 # A name there that is not that of the set.
@@ -35,6 +37,14 @@ def test_a_set_is_the_same_in_every_suite() -> None:
     every = [entry for path in FILES for entry in sets_of(path.stem).values()]
     assert all(entry == other for entry in every for other in every if entry["name"] == other["name"])
     assert sets_of("imagenet").items() <= sets_of("vtab_plus").items()
+
+
+def test_suites_that_share_sets_measure_them_once() -> None:
+    specs = specs_of(EvalConfig(eval_suite=tuple(path.stem for path in FILES)), DataConfig())
+    assert len(specs) == 37
+    assert {spec.url for spec in specs.values()} == {
+        f"https://huggingface.co/datasets/clip-benchmark/wds_{name}/resolve/main" for name in specs
+    }
 
 
 @pytest.mark.parity
