@@ -189,7 +189,7 @@ def _load(item: _Item, transform: Transform) -> torch.Tensor:
 def _pairs(url: str | Source, caption_key: str, csv_fields: CsvFields) -> Iterator[_Item]:
     if isinstance(url, str) and is_folder(url) and (numbered := numbered_shards(url, "test")):
         return _items(_read_shards(numbered), lambda raw: caption_of(raw, caption_key))
-    sources = (url,) if isinstance(url, Source) else expand_sources(url)
+    sources = (url,) if isinstance(url, Source) else _sources(url)
     shards = [shard for source in sources for shard in source.urls]
     kind = dataset_type_of("::".join(shards[:1]))
     if kind == "webdataset":
@@ -201,6 +201,13 @@ def _pairs(url: str | Source, caption_key: str, csv_fields: CsvFields) -> Iterat
     cut, _ = table_shards(sources, csv_fields)
     rows = _read_cut(cut, TableReader(csv_fields, captions.json_fields))
     return _items(rows, lambda raw: caption_of(raw, caption_key if raw.record else "txt"))
+
+
+def _sources(url: str) -> tuple[Source, ...]:
+    try:
+        return expand_sources(url)
+    except DataConfigError as error:  # as a set that cannot be read: its files may have gone while a run went on
+        raise DataError(str(error)) from error
 
 
 def _read_cut(cut: tuple[Source, ...], reader: ShardReader) -> Iterator[RawSample]:
@@ -220,7 +227,7 @@ def _labelled(url: str, split: str) -> Iterator[_Item]:
         if folders := class_folders_of(url, split):
             return _image_folder(local_path(image_root(url, split)), folders)
         return _items(_read_shards(shards_of(url, split)), _label_of)
-    return _items(_read_shards(expand_sources(url)[0].urls), _label_of)
+    return _items(_read_shards(_sources(url)[0].urls), _label_of)
 
 
 def _rows(url: str) -> Iterator[RawSample]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,22 @@ def test_a_broken_image_is_named_and_does_not_end_the_training(
     assert "2.tar" in caplog.text
     with pytest.raises(DataError, match="s0000009"):
         evaluator.evaluate_sets(model, ["shapes"], strict=True)
+
+
+@pytest.mark.parametrize("gone", ["test/1.tar", "test", "."], ids=["a-shard", "a-split", "the-folder"])
+def test_files_that_go_while_a_run_goes_on_do_not_end_it(
+    model: models.CLIP, labelled_set: Path, tmp_path: Path, gone: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_shards(tmp_path / "pairs" / "test", [4, 3], name="{}.tar")
+    (tmp_path / "pairs" / "test" / "nshards.txt").write_text("2")
+    sets = EvalConfig(zeroshot_data=(f"shapes={labelled_set}",), retrieval_data=(f"pairs={tmp_path}/pairs",))
+    evaluator = build(sets, DataConfig(val_data=f"{tmp_path}/pairs/test/{{0..1}}.tar"))
+    for root in (labelled_set, tmp_path / "pairs"):
+        path = root / gone
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    with caplog.at_level(logging.ERROR):
+        assert evaluator.evaluate(model, epoch=2, is_last=True) == {}
+    assert caplog.text.count("is left out of this evaluation") == 3
 
 
 def test_another_number_of_pairs_than_announced_is_an_error(model: models.CLIP, pairs: str) -> None:
