@@ -65,6 +65,20 @@ def test_a_fit_ends_where_autograd_finds_no_slope(strength: float) -> None:
     assert slope.abs().max() < 1e-6
 
 
+@pytest.mark.parity
+@pytest.mark.parametrize("strength", [1e-1, 1e-3, 1e-5])
+def test_a_fit_is_the_logistic_regression_of_scikit_learn(strength: float) -> None:
+    """What Radford et al. 2021 probe with; its C weighs the sum of the losses against the squared weights."""
+    linear_model = pytest.importorskip("sklearn.linear_model", reason="compares with scikit-learn")
+    train, test = drawn(120, seed=1), drawn(200, seed=2)
+    theirs = linear_model.LogisticRegression(C=1 / (strength * 120), tol=1e-10, max_iter=10_000)
+    theirs.fit(train.features.numpy(), train.labels.numpy())
+    classifier = fitted(train, strength).classifier()
+    ours = (test.features @ classifier[:-1] + classifier[-1]).softmax(dim=1)
+    expected = torch.from_numpy(theirs.predict_proba(test.features.numpy()))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+
+
 def test_a_fit_in_blocks_is_that_of_all_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     train = drawn(50, seed=1)
     whole = fitted(train, 1e-3).classifier()
