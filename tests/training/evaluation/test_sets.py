@@ -117,6 +117,14 @@ def test_imagenet_folders_get_timms_names(tmp_path: Path) -> None:
     assert found.classnames[2].startswith("crane") or "," in found.classnames[2]
 
 
+def test_imagenet_may_have_openclips_prompts(tmp_path: Path) -> None:
+    root = write_folders(tmp_path / "val", ("n01440764", "n02012849"))
+    found = sets.open_labelled_set(spec_of(imagenet_val=str(root), imagenet_prompts="openclip"))
+    assert found.classnames == ("tench", "crane bird")
+    assert len(found.templates) == 80
+    assert found.has_own_templates
+
+
 def test_a_folder_that_is_no_imagenet_class_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="n99999999 is none of the 1000 classes"):
         open_imagenet(str(write_folders(tmp_path / "val", ("n01440764", "n99999999"))))
