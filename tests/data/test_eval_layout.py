@@ -182,3 +182,30 @@ def test_captions_are_the_lines_of_the_text(tmp_path: Path) -> None:
     root = write_split(tmp_path / "set", [{"png": sample("0", "png")["png"], "txt": text.encode()} for text in texts])
     batches = read_pairs(str(root), 0, 1, as_tensor, batch_size=4)
     assert [caption for batch in batches for caption in batch.captions or []] == texts
+
+
+class Rows(list[tuple[bytes, object]]):
+    """A data set as CLIP_benchmark's exporter takes one."""
+
+    classes = ("fox", "owl", "zebra")
+    templates = ("a photo of a {c}.", "art of a {c}.")
+
+
+@pytest.mark.parity
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 8 worker processes", "ignore:.*fork:DeprecationWarning")
+def test_what_clip_benchmarks_own_exporter_writes_is_read(tmp_path: Path) -> None:
+    exporter = pytest.importorskip("clip_benchmark.webdataset_builder", reason="compares with clip-benchmark")
+    pictures = [encode_image(draw_image(index), "png") for index in range(7)]
+    options = {"image_format": "png", "max_count": 3, "verbose": False}
+    labels = [2, 0, 1, 1, 0, 2, 1]
+    exporter.convert_dataset(Rows(zip(pictures, labels, strict=True)), "test", str(tmp_path / "classes"), **options)
+    assert labels_of(tmp_path / "classes") == labels
+    assert class_names_of(str(tmp_path / "classes")) == list(Rows.classes)
+    assert templates_of(str(tmp_path / "classes")) == list(Rows.templates)
+
+    captions = [[f"{word} {index}" for word in ("a", "one", "the")[: 1 + index % 3]] for index in range(7)]
+    pairs = Rows(zip(pictures, captions, strict=True))
+    exporter.convert_retrieval_dataset(pairs, "test", str(tmp_path / "pairs"), **options)
+    batches = read_pairs(str(tmp_path / "pairs"), 0, 1, as_tensor, batch_size=4)
+    assert [text.splitlines() for batch in batches for text in batch.captions or []] == captions
