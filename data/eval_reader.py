@@ -108,7 +108,7 @@ def read_labelled(
 ) -> Iterator[EvalBatch]:
     """This rank's batches of an image-label set: CLIP_benchmark's layout, tars with `.cls`, an image folder, or a list.
 
-    In an image folder a class's label is the place of its folder in sorted order, or the folder's number where all
+    In an image folder a class's label is the place of its folder in sorted order, which is that of numbers where all
     are numbers. A CSV has the columns `filepath` and `label`, a number or a class name. Raises as `read_pairs`.
     """
     for batch, labels in _batches(_labelled(url, split), rank, world_size, transform, batch_size, workers):

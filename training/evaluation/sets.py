@@ -6,6 +6,7 @@ Knows no model.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -100,6 +101,7 @@ def open_labelled_set(spec: SetSpec, splits: tuple[str, ...] = ("test",)) -> Lab
     spec.manifest.check(spec.where, num_classes=len(names))
     for split in splits:
         _probe(labelled.of_split(split))
+    _check_same_folders(labelled, splits)
     return labelled
 
 
@@ -161,6 +163,17 @@ def _probe(labelled: LabelledSet) -> None:
             f"{where}: label {int(first.labels.max())}, but {num_classes} names in classnames.txt; labels run from "
             f"0 to {num_classes - 1}"
         )
+
+
+def _check_same_folders(labelled: LabelledSet, splits: tuple[str, ...]) -> None:
+    """Of an image folder: a label is a place among the folders, so that those of all splits must be the same."""
+    folders = {split: set(class_folders_of(labelled.spec.url, split)) for split in splits if len(splits) > 1}
+    for first, second in itertools.combinations(folders, 2):
+        if differing := sorted(folders[first] ^ folders[second]):
+            raise DataConfigError(
+                f"{labelled.spec.where}: the folders of {first} and {second} are not the same classes; {differing[0]!r} "
+                "is in only one of them"
+            )
 
 
 def _no_pixels(image: Image.Image) -> torch.Tensor:

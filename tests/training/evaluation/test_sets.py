@@ -160,6 +160,13 @@ def test_an_image_folder_may_have_splits(tmp_path: Path) -> None:
     assert found.classnames == ("cat", "dog")
 
 
+def test_splits_with_other_classes_are_refused(tmp_path: Path) -> None:
+    write_folders(tmp_path / "set" / "train", ("cat", "owl"))
+    write_folders(tmp_path / "set" / "test", ("cat", "dog"))
+    with pytest.raises(DataConfigError, match="train and test are not the same classes; 'dog' is in only one"):
+        sets.open_labelled_set(spec_of(linear_probe_data=(f"pets={tmp_path / 'set'}",)), splits=("train", "test"))
+
+
 def test_a_probe_needs_a_training_split(labelled_set: Path) -> None:
     spec = spec_of(linear_probe_data=(f"shapes={labelled_set}",))
     with pytest.raises(DataConfigError, match=r"^--linear-probe-data shapes=.*found neither train/nshards\.txt"):
