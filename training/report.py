@@ -68,7 +68,7 @@ class Reporter:
 
     @contextmanager
     def pause(self, kind: str) -> Iterator[None]:
-        """Inside, training stands still for a `checkpoint` or an `evaluation`: no step's time, but the next record's."""
+        """Inside, training stands still for a `checkpoint` or an `evaluation`: the next record's time, not a step's."""
         started = time.perf_counter()
         try:
             yield
