@@ -9,6 +9,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +19,27 @@ from typing import Any
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 _FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-extensions --hide-scrollbars --remote-debugging-pipe"
-).split()
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-extensions",
+    "--hide-scrollbars",
+    "--remote-debugging-pipe",
+)
 _WITHIN_S = 60.0
+# The protocol's ends are descriptors 3 and 4 of the browser, whatever they are here.
+_LAUNCH = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]]
+for place, end in zip((3, 4), ends):
+    os.dup2(end, place)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 def missing() -> str | None:
@@ -121,8 +139,16 @@ def browser(home: Path) -> Iterator[Browser]:
     assert program is not None, missing()
     (commands_out, commands_in), (answers_out, answers_in) = os.pipe(), os.pipe()
     process = subprocess.Popen(
-        # The protocol's ends are descriptors 3 and 4 of the browser.
-        ["sh", "-c", f'exec "$0" "$@" 3<&{commands_out} 4>&{answers_in}', program, *_FLAGS, f"--user-data-dir={home}"],
+        [
+            sys.executable,
+            "-c",
+            _LAUNCH,
+            str(commands_out),
+            str(answers_in),
+            program,
+            *_FLAGS,
+            f"--user-data-dir={home}",
+        ],
         pass_fds=(commands_out, answers_in),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

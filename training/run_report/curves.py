@@ -24,13 +24,14 @@ _STYLE: Any = {
 _VARIABLES = {
     **{colour.lower(): f"var(--series-{number})" for number, colour in enumerate(COLOURS, 1)},
     "#000000": "var(--ink)",
-    "#e5e5e5": "var(--rule)",
+    "#e6e6e6": "var(--rule)",
     "#808080": "var(--faint)",
     "#595959": "var(--faint)",
 }
 _COLOUR = re.compile(r"#[0-9a-f]{6}\b")
 _REFERENCE = re.compile(r'(\bid="|url\(#|href="#)')
 _FONT = re.compile(r"font: ([\d.]+)px [^;\"]*")
+_FAMILY = re.compile(r"font-family: [^;\"]*;? ?")
 _HEAD = re.compile(r"^.*?(?=<svg\b)", re.DOTALL)
 _METADATA = re.compile(r"<metadata>.*?</metadata>", re.DOTALL)
 _SIZE = re.compile(r'(<svg\b[^>]*?) (?:width|height)="[^"]*pt"')
@@ -133,7 +134,7 @@ def _adapted(svg: str, prefix: str) -> str:
     svg = _METADATA.sub("", _HEAD.sub("", svg))
     svg = _SIZE.sub(r"\1", _SIZE.sub(r"\1", svg))
     svg = _COLOUR.sub(lambda match: _VARIABLES.get(match[0], match[0]), svg)
-    svg = _FONT.sub(r"font-size: \1px", svg)
+    svg = _FAMILY.sub("", _FONT.sub(r"font-size: \1px", svg))
     return _REFERENCE.sub(rf"\g<1>{prefix}-", svg)
 
 

@@ -79,8 +79,7 @@ def _caption_hit(found: PairExamples, hit: Hit, place: str | None = None) -> Mar
 
 
 def _verdict(query: Query, num_keys: int) -> Markup:
-    first = "right at rank 1" if query.rank == 1 else f"right one at rank {count(query.rank)}"
-    return tag("span", f"{first} of {count(num_keys)}", class_="verdict")
+    return tag("span", f"right one at rank {count(query.rank)} of {count(num_keys)}", class_="verdict")
 
 
 def _classes(found: ClassExamples, level: str) -> Markup:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from training.run_report.history import History, Measured, measured
 from training.run_report.intake import Intake, intake_of
 from training.run_report.markup import Markup, folded, joined, note, section, table, tag
 from training.run_report.times import TimeSplit, split_times
-from training.run_report.words import NOTHING, THIN_SPACE, count, duration, figure, large, moment, share
+from training.run_report.words import NOTHING, count, duration, figure, in_hours, large, moment, share
 
 _KEY_FIGURES = ("top1", "_R@1", "clip_val_loss")
+_SPELT = {"zeroshot": "zero-shot", "top1": "top-1", "top5": "top-5"}
 _TILES = ("-top1", "text_to_image_R@1", "clip_val_loss")
 
 
@@ -52,7 +54,7 @@ def _facts(history: History) -> list[tuple[str, str]]:
         facts.append(("time span", duration(times.total_s)))
         ranks = history.num_ranks
         if ranks:
-            facts += [("ranks", str(ranks)), ("rank-hours", _in_hours(ranks * times.total_s))]
+            facts += [("ranks", str(ranks)), ("rank-hours", in_hours(ranks * times.total_s, ranks * times.total_s))]
         facts.append(("jobs", f"{times.num_jobs}" + (f" ({times.num_jobs - 1} resumed)" if times.num_jobs > 1 else "")))
     facts.append(("last record", moment(last["time"])))
     losses = [record["train/loss"] for record in history.training if record.get("train/loss") is not None]
@@ -69,15 +71,8 @@ def _first_figures(figures: Sequence[Measured]) -> list[tuple[str, str]]:
 
 def _plain(name: str) -> str:
     """A figure's name for a reader: val/demo-zeroshot-top1 as demo zero-shot top-1."""
-    words = name.removeprefix("val/").replace("-zeroshot", " zero-shot").replace("-linear_probe", " linear probe")
-    words = words.replace("clip_val_loss", "validation loss").replace("top1", "top-1").replace("top5", "top-5")
-    return (
-        words.replace("-", " ")
-        .replace("top 1", "top-1")
-        .replace("top 5", "top-5")
-        .replace("zero shot", "zero-shot")
-        .replace("_", " ")
-    )
+    words = name.removeprefix("val/").replace("clip_val_loss", "validation loss")
+    return " ".join(_SPELT.get(word, word) for word in re.split("[-_/ ]", words))
 
 
 def _overview(histories: Sequence[History]) -> Markup:
@@ -171,7 +166,11 @@ def _sources(intake: Intake) -> Markup:
 def time_section(histories: Sequence[History]) -> Markup:
     """Where the time went."""
     parts = [_named(history, histories, _time(history, split_times(history.records))) for history in histories]
-    return section("Time", *parts)
+    limits = note(
+        "The other ranks' waits for data count as computing: rank 0 waits for them inside a step. "
+        "A job's last checkpoint, and steps that were made again after a resume, are unaccounted."
+    )
+    return section("Time", *parts, limits)
 
 
 def _time(history: History, times: TimeSplit | None) -> Markup:
@@ -197,7 +196,7 @@ def _time(history: History, times: TimeSplit | None) -> Markup:
         if seconds / total >= 0.0005
     ]
     rows = [_time_row(kind, name, seconds, total) for kind, name, seconds in kinds]
-    rows.append(["Whole span", *_hours(times.total_s), share(1.0)])
+    rows.append(["Whole span", *_both(total, total), share(1.0)])
     return joined(
         tag(
             "div",
@@ -214,25 +213,16 @@ def _time(history: History, times: TimeSplit | None) -> Markup:
         None
         if times.pauses_known
         else note("These records do not tell checkpoints and evaluations apart from other pauses."),
-        note(
-            "The other ranks' waits for data count as computing: rank 0 waits for them inside a step. "
-            "A job's last checkpoint, and steps that were made again after a resume, are unaccounted."
-        ),
     )
 
 
 def _time_row(kind: str, name: str, seconds: float, total: float) -> list[object]:
     swatch = tag("span", class_=f"swatch {kind}", aria_hidden="true")
-    return [joined(swatch, name), *_hours(seconds), share(seconds / total)]
+    return [joined(swatch, name), *_both(seconds, total), share(seconds / total)]
 
 
-def _hours(seconds: float) -> tuple[str, str]:
-    return duration(seconds), _in_hours(seconds)
-
-
-def _in_hours(seconds: float) -> str:
-    hours = seconds / 3600
-    return f"{hours:,.{2 if hours < 100 else 0}f}".replace(",", THIN_SPACE)
+def _both(seconds: float, total_s: float) -> tuple[str, str]:
+    return duration(seconds), in_hours(seconds, total_s)
 
 
 def _named(history: History, histories: Sequence[History], content: Markup) -> Markup:

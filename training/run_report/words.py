@@ -38,6 +38,12 @@ def duration(seconds: float) -> str:
     return f"{whole} s"
 
 
+def in_hours(seconds: float, largest_s: float) -> str:
+    """Hours, with as many digits as a column whose largest entry is `largest_s` needs."""
+    digits = 4 if largest_s < 3600 else 2 if largest_s < 360_000 else 0
+    return f"{seconds / 3600:,.{digits}f}".replace(",", THIN_SPACE)
+
+
 def moment(unix_seconds: float) -> str:
     """A point in time, in the reader's own zone, which is named."""
     return time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(unix_seconds))
