@@ -12,6 +12,7 @@ from training.run_report.markup import Markup, folded, joined, note, section, ta
 from training.run_report.words import NOTHING
 
 _MISSING = object()
+_UNKNOWN = "unknown to this version"
 
 
 def settings_section(histories: Sequence[History]) -> Markup:
@@ -39,29 +40,29 @@ def differing(all_settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _by_section(settings: Mapping[str, Any]) -> Markup:
+    """What was set, at once; all of it, section by section, for those who open it."""
     if not settings:
         return note("The run folder has no config.yaml.")
-    known, own = known_settings(), set(changed(settings))
+    known, own = known_settings(), changed(settings)
     sections: dict[str, list[str]] = {}
     for name in settings:
-        sections.setdefault(known[name].section if name in known else "unknown here", []).append(name)
+        sections.setdefault(known[name].section if name in known else _UNKNOWN, []).append(name)
     parts = [
         folded(
-            joined(tag("b", title), f" {len(own.intersection(names))} of {len(names)} differ from the defaults"),
-            table(
-                ["setting", "value", "default"],
-                [
-                    _row(name, settings[name], known[name].default if name in known else None, name in own)
-                    for name in names
-                ],
-                f"Settings of the section {title}",
-                text_columns=3,
-            ),
-            is_open=bool(own.intersection(names)),
+            joined(tag("b", title), f" {len(set(own).intersection(names))} of {len(names)} differ from the defaults"),
+            _settings_table(settings, names, own, f"Settings of the section {title}"),
         )
         for title, names in sections.items()
     ]
-    return joined(note("What differs from the defaults is marked with ", tag("span", "●", class_="mark"), "."), *parts)
+    if not own:
+        return joined(note("All settings are at their defaults."), *parts)
+    return joined(_settings_table(settings, own, [], "Settings that differ from the defaults"), *parts)
+
+
+def _settings_table(settings: Mapping[str, Any], names: Sequence[str], own: Sequence[str], caption: str) -> Markup:
+    known = known_settings()
+    rows = [_row(name, settings[name], known[name].default if name in known else None, name in own) for name in names]
+    return table(["setting", "value", "default"], rows, caption, text_columns=3)
 
 
 def _row(name: str, value: Any, default: Any, is_changed: bool) -> list[object]:
