@@ -66,7 +66,7 @@ PANELS = (
     Panel(
         "Zero-shot accuracy",
         "top-1 (%)",
-        lambda name: name.startswith("val/") and name.endswith("-top1"),
+        lambda name: name.startswith("val/") and name.endswith("-top1") and "-linear_probe-" not in name,
         factor=100,
         from_zero=True,
         label=lambda name: name.removeprefix("val/").removesuffix("-top1").replace("-zeroshot", "").replace("-val", ""),

@@ -60,7 +60,7 @@ class Reporter:
         if done % self._every and not self._plan.ends_epoch(done) and done != 1:
             self._console.step(done)
             return False
-        values = self._values(result, rate) | self._times() | self._data_values(feed)
+        values = self._values(result, rate) | self._data_values(feed) | self._times()
         self._record(done, values)
         self._console.step(done, values)
         self._start_window()

@@ -36,6 +36,14 @@ _HEAD = re.compile(r"^.*?(?=<svg\b)", re.DOTALL)
 _METADATA = re.compile(r"<metadata>.*?</metadata>", re.DOTALL)
 _SIZE = re.compile(r'(<svg\b[^>]*?) (?:width|height)="[^"]*pt"')
 _SETS_A_PANEL = 6
+_PROBES = Panel(
+    "Linear probe",
+    "top-1 (%)",
+    lambda name: name.endswith("-linear_probe-top1"),
+    factor=100,
+    from_zero=True,
+    label=lambda name: name.removeprefix("val/").removesuffix("-linear_probe-top1"),
+)
 _RECALL = re.compile(r"val/(?P<set>.*?)(?P<way>text_to_image|image_to_text)_R@(?P<k>\d+)")
 
 
@@ -55,6 +63,7 @@ def panels_of(runs: Sequence[Run]) -> list[Panel]:
         *usual,
         *([_loss_panel(losses)] if losses else []),
         *([] if accuracies is None else _by_few_sets(accuracies, names)),
+        *([_PROBES] if any(map(_PROBES.wanted, names)) else []),
         *_recall_panels(names),
     ]
 

@@ -54,7 +54,7 @@ class History:
     @property
     def last(self) -> dict[str, Any]:
         """The newest record of the furthest step."""
-        return max(self.records, key=lambda record: record["step"])
+        return max(self.records, key=lambda record: (record["step"], record["time"]))
 
     @property
     def num_ranks(self) -> int | None:
@@ -144,14 +144,21 @@ def _read_end(path: Path) -> str:
 
 
 def measured(records: Iterable[Mapping[str, Any]]) -> list[Measured]:
-    """The figures of all evaluations, in the order of their names."""
+    """The figures of all evaluations in the order of their names, those of averaged weights last."""
     found: dict[str, list[tuple[int, float]]] = {}
     for record in records:
         for name, value in record.items():
             is_figure = name.startswith("val/") and not name.endswith(_NO_FIGURES)
             if is_figure and isinstance(value, int | float) and math.isfinite(value):
                 found.setdefault(name, []).append((record["samples_seen"], value))
-    return [Measured(name, values[-1], _best(name, values), len(values)) for name, values in sorted(found.items())]
+    return [
+        Measured(name, values[-1], _best(name, values), len(values))
+        for name, values in sorted(found.items(), key=_in_order)
+    ]
+
+
+def _in_order(item: tuple[str, Any]) -> tuple[bool, str]:
+    return item[0].startswith("val/ema/"), item[0]
 
 
 def _best(name: str, values: list[tuple[int, float]]) -> tuple[int, float]:

@@ -16,11 +16,11 @@ def _run(*names: str, points: int = 3) -> Run:
 
 
 def test_there_is_a_panel_for_each_kind_of_figure_and_none_for_what_was_not_measured() -> None:
-    names = ["train/loss", "val/clip_val_loss", "val/x-zeroshot-top1"]
+    names = ["train/loss", "val/clip_val_loss", "val/x-zeroshot-top1", "val/x-linear_probe-top1"]
     names += [f"val/{way}_R@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
     titles = [panel.title for panel in panels_of([_run(*names)])]
     retrieval = ["Retrieval, image to text", "Retrieval, text to image"]
-    assert titles == ["Loss", "Validation loss", "Zero-shot accuracy", *retrieval]
+    assert titles == ["Loss", "Validation loss", "Zero-shot accuracy", "Linear probe", *retrieval]
 
 
 def test_a_suite_of_many_sets_is_spread_over_panels() -> None:
