@@ -116,5 +116,6 @@ def _end_epoch(job: Job, done: int) -> bool:
 
 def _save(job: Job, done: int) -> None:
     job.guard.settle()
-    job.saver.save(done, job.feed)
+    with job.reporter.pause("checkpoint"):
+        job.saver.save(done, job.feed)
     job.cadence.saved()

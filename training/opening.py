@@ -150,7 +150,7 @@ def open_job(
         open_metrics(facts, wandb_id) as metrics,
         open_checkpointer(facts, uploader, preemption, metrics) as checkpointer,
     ):
-        reporter = Reporter(metrics, console, plan, world, config.log.log_every_n_steps)
+        reporter = Reporter(metrics, console, plan, world, config.log.log_every_n_steps, preemption.job_time)
         extra = {"wandb_run_id": wandb_id, "rollbacks": rollbacks_of(facts.loaded)}
         saver = Saver(
             *(checkpointer, learner.model, learner.optimizer, config, plan, world, extra),
@@ -161,7 +161,8 @@ def open_job(
         )
 
         def evaluate(done: int) -> bool:
-            figures = evaluate_learner(evaluator, learner, plan.epoch_of(done), done >= plan.total_steps)
+            with reporter.pause("evaluation"):
+                figures = evaluate_learner(evaluator, learner, plan.epoch_of(done), done >= plan.total_steps)
             reporter.evaluation(done, figures or {})
             return figures is not None
 

@@ -6,10 +6,10 @@ matplotlib is imported when a picture is asked for: training itself never waits 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from training.errors import ConfigError
 from training.metrics import FILE_NAME, read_metrics
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers, without their yellow.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _STYLES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D")
 _SMOOTH_FROM = 60  # points in a curve from which on its running mean is drawn over it
@@ -66,7 +66,7 @@ PANELS = (
     Panel(
         "Zero-shot accuracy",
         "top-1 (%)",
-        lambda name: name.startswith("val/") and name.endswith("-top1"),
+        lambda name: name.startswith("val/") and name.endswith("-top1") and "-linear_probe-" not in name,
         factor=100,
         from_zero=True,
         label=lambda name: name.removeprefix("val/").removesuffix("-top1").replace("-zeroshot", "").replace("-val", ""),
@@ -84,14 +84,12 @@ def plot_runs(folders: Sequence[Path], output: Path) -> Path:
     from matplotlib.figure import Figure
 
     runs = [read_run(folder) for folder in folders]
-    unit, divisor = _samples_unit(runs)
     figure = Figure(figsize=(15, 8.2), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)  # type: ignore[union-attr,call-arg]
     FigureCanvasAgg(figure)
     for axes, panel in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
-        _draw_panel(axes, panel, runs, divisor)
-        axes.set_xlabel(f"samples seen{unit}")
-        axes.set_xlim(0, 1.02 * _most_samples(runs) / divisor)
+        draw_panel(axes, panel, runs)
+        axes.set_title(panel.title, loc="left", fontsize=12, fontweight="bold")
     if len(runs) == 1:
         figure.suptitle(runs[0].name, fontsize=15, fontweight="bold")
     else:
@@ -107,16 +105,22 @@ def read_run(folder: Path) -> Run:
     path = folder / FILE_NAME
     if not path.is_file():
         raise ConfigError(f"{folder} is not a run folder: it has no {FILE_NAME}")
+    curves = curves_of(read_metrics(path))
+    if not curves:
+        raise ConfigError(f"{path} holds no metrics yet")
+    return Run(folder.resolve().name, curves)
+
+
+def curves_of(records: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
+    """The finite values of every metric over samples seen."""
     curves: dict[str, Curve] = {}
-    for record in read_metrics(path):
+    for record in records:
         for name, value in record.items():
             if name.startswith(("train/", "val/")) and isinstance(value, int | float) and math.isfinite(value):
                 samples, values = curves.setdefault(name, ([], []))
                 samples.append(record["samples_seen"])
                 values.append(value)
-    if not curves:
-        raise ConfigError(f"{path} holds no metrics yet")
-    return Run(folder.resolve().name, curves)
+    return curves
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -127,23 +131,34 @@ def smoothed(values: Sequence[float]) -> list[float]:
     ]
 
 
-def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[Run], divisor: float) -> None:
-    labels = {panel.label(name): name for run in runs for name in sorted(run.curves) if panel.wanted(name)}
+def draw_panel(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
+    """The panel's curves of all runs over samples seen, with axes and legend, without its title."""
+    unit, divisor = _samples_unit(runs)
+    labels = {
+        panel.label(name): name for run in runs for name in sorted(run.curves, key=_in_order) if panel.wanted(name)
+    }
     for index, run in enumerate(runs):
         for rank, (label, name) in enumerate(labels.items()):
             if name in run.curves:
-                colour = _COLOURS[(index + (rank if len(runs) == 1 else 0)) % len(_COLOURS)]
+                colour = COLOURS[(index + (rank if len(runs) == 1 else 0)) % len(COLOURS)]
                 style = "-" if len(runs) == 1 else _STYLES[rank % len(_STYLES)]
                 samples, values = run.curves[name]
                 curve = [x / divisor for x in samples], [y * panel.factor for y in values]
                 _draw_curve(axes, curve, colour, style, panel, label, rank)
-    axes.set_title(panel.title, loc="left", fontsize=12, fontweight="bold")
     axes.set_ylabel(panel.unit)
+    axes.set_xlabel(f"samples seen{unit}")
+    axes.set_xlim(0, 1.02 * _most_samples(runs) / divisor)
     _tidy(axes, panel)
     if not labels:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color="0.5")
     elif any(labels):
         _legend(axes, runs, labels)
+
+
+def _in_order(name: str) -> tuple[str, int]:
+    """By name, and by the number behind it: R@5 before R@10."""
+    stem = name.rstrip("0123456789")
+    return stem, int(name[len(stem) :] or 0)
 
 
 def _draw_curve(axes: Axes, curve: Curve, colour: str, style: str, panel: Panel, label: str, rank: int) -> None:
@@ -181,7 +196,7 @@ def _legend(axes: Axes, runs: Sequence[Run], labels: dict[str, str]) -> None:
 def _handle(index: int, name: str) -> object:
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], color=_COLOURS[index % len(_COLOURS)], linewidth=2.5, label=name)
+    return Line2D([], [], color=COLOURS[index % len(COLOURS)], linewidth=2.5, label=name)
 
 
 def _samples_unit(runs: Sequence[Run]) -> tuple[str, float]:

@@ -82,6 +82,10 @@ class Preemption:
         stop = self._deadline(self._end)
         return f"ends in {self._end - now:.0f} s; it saves and stops in {max(0, stop - now):.0f} s, or with a signal"
 
+    def job_time(self) -> float:
+        """Seconds since the job began."""
+        return self._clock() - self._began
+
     def seconds_to_end(self) -> float | None:
         """Until the end of the job, where the environment says when that is."""
         return None if self._end is None else self._end - self._clock()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from training.console import Console
@@ -18,17 +19,32 @@ log = logging.getLogger(__name__)
 
 # What the console shows of an evaluation; metrics.jsonl has all of it.
 _SHOWN = ("-top1", "-top5", "R@1", "R@5", "clip_val_loss")
+# What training stands still for.
+_PAUSES = ("checkpoint", "evaluation")
 
 
 class Reporter:
-    """Collects what steps leave behind; every `every` steps, all ranks together, it becomes one record."""
+    """Collects what steps leave behind; every `every` steps, all ranks together, it becomes one record.
 
-    def __init__(self, metrics: MetricsLog | None, console: Console, plan: Plan, world: World, every: int):
+    job_time: seconds since this job, one of perhaps many of the run, began.
+    """
+
+    def __init__(
+        self,
+        metrics: MetricsLog | None,
+        console: Console,
+        plan: Plan,
+        world: World,
+        every: int,
+        job_time: Callable[[], float] = time.perf_counter,
+    ):
         self._metrics = metrics  # on rank 0 only
         self._console = console
         self._plan = plan
         self._world = world
         self._every = every
+        self._job_time = job_time
+        self._paused_s = dict.fromkeys(_PAUSES, 0.0)
         self._start_window()
 
     def _start_window(self) -> None:
@@ -44,19 +60,29 @@ class Reporter:
         if done % self._every and not self._plan.ends_epoch(done) and done != 1:
             self._console.step(done)
             return False
-        values = self._values(result, rate) | self._data_values(feed)
+        values = self._values(result, rate) | self._data_values(feed) | self._times()
         self._record(done, values)
         self._console.step(done, values)
         self._start_window()
         return True
 
+    @contextmanager
+    def pause(self, kind: str) -> Iterator[None]:
+        """Inside, training stands still for a `checkpoint` or an `evaluation`: the next record's time, not a step's."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - started
+            self._paused_s[kind] += seconds
+            self._since += seconds
+
     def evaluation(self, done: int, values: Mapping[str, float]) -> None:
-        """Write the figures of an evaluation; its time does not count as training time."""
+        """Write the figures of an evaluation."""
         if values:
-            self._record(done, dict(values))
+            self._record(done, dict(values) | self._times())
             shown = {name: value for name, value in values.items() if name.endswith(_SHOWN)}
             self._console.line("  " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
-        self._start_window()
 
     def event(self, done: int, text: str, values: Mapping[str, Any]) -> None:
         """One warning and one record of something out of the ordinary. Collective."""
@@ -85,7 +111,14 @@ class Reporter:
             "train/samples_per_second_per_gpu": speed / self._world.size,
             "train/data_time": self._data_time_s / self._steps,
             "train/batch_time": batch_time,
+            "train/window_steps": self._steps,
         }
+
+    def _times(self) -> dict[str, float]:
+        """Where the job's time went besides steps, since the record before."""
+        paused = {f"train/{kind}_time": seconds for kind, seconds in self._paused_s.items()}
+        self._paused_s = dict.fromkeys(_PAUSES, 0.0)
+        return paused | {"train/job_time": self._job_time()}
 
     def _data_values(self, feed: Feed) -> dict[str, Any]:
         return {f"train/{name}": value for name, value in feed.metrics().items()}

@@ -30,7 +30,7 @@ text_cfg: {context_length: 12, vocab_size: 49408, width: 8, heads: 1, layers: 1}
 SHARDS = (16, 16, 16)
 GLOBAL_BATCH = 8
 STEPS_AN_EPOCH = sum(SHARDS) // GLOBAL_BATCH
-TIMES = re.compile(r"time|train/(samples_per_second.*|data_time|batch_time)")
+TIMES = re.compile(r"time|train/(samples_per_second.*|window_steps|(data|batch|checkpoint|evaluation|job)_time)")
 Prepare = tuple[Callable[..., None], tuple[Any, ...]]
 
 
