@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from training.errors import ConfigError
-from training.metrics import FILE_NAME, read_metrics
+from training.metrics import FILE_NAME, read_records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,7 +108,7 @@ def read_run(folder: Path) -> Run:
     if not path.is_file():
         raise ConfigError(f"{folder} is not a run folder: it has no {FILE_NAME}")
     curves: dict[str, Curve] = {}
-    for record in read_metrics(path):
+    for record in read_records(folder):
         for name, value in record.items():
             if name.startswith(("train/", "val/")) and isinstance(value, int | float) and math.isfinite(value):
                 samples, values = curves.setdefault(name, ([], []))

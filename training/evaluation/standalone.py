@@ -11,6 +11,7 @@ from training.config import DataConfig, EvalConfig
 from training.distributed import World
 from training.errors import CheckpointError, ConfigError
 from training.evaluation.evaluator import Evaluator
+from training.evaluation.feed import ShouldStop
 from training.origin import open_tokenizer
 
 
@@ -76,17 +77,36 @@ def evaluate_checkpoint(
     with world.collectively(f"--checkpoint {checkpoint}"):
         clip = load_model(checkpoint, model, world, averaged)
         origin = models.read_provenance(newest_of(checkpoint))
-    reader = open_tokenizer(models.config_with(clip.config, tokenizer=tokenizer), origin, world)
-    evaluator = Evaluator(
-        sets,
-        data,
-        reader,
-        models.InferenceTransform(clip.config.preprocess),
-        world,
-        batch_size=batch_size,
-        workers=data.workers,
-        precision=precision,
+    evaluator = open_evaluator(
+        clip.config, origin, sets, data, world, batch_size=batch_size, precision=precision, tokenizer=tokenizer
     )
     figures = evaluator.evaluate_sets(clip, evaluator.due(epoch=0, is_last=True), strict=True)
     assert figures is not None, "nobody can ask for a stop here"
     return figures
+
+
+def open_evaluator(
+    config: models.ModelConfig,
+    origin: models.Provenance | None,
+    sets: EvalConfig,
+    data: DataConfig,
+    world: World,
+    *,
+    batch_size: int,
+    precision: str,
+    tokenizer: str | None,
+    should_stop: ShouldStop | None = None,
+) -> Evaluator:
+    """What measures models of `config`, whose weights are from `origin`. Collective; raises as `Evaluator`."""
+    reader = open_tokenizer(models.config_with(config, tokenizer=tokenizer), origin, world)
+    return Evaluator(
+        sets,
+        data,
+        reader,
+        models.InferenceTransform(config.preprocess),
+        world,
+        batch_size=batch_size,
+        workers=data.workers,
+        should_stop=should_stop,
+        precision=precision,
+    )

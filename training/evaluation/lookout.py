@@ -1,0 +1,143 @@
+"""Which checkpoint of a watched run is evaluated next, which is not at all, and when no more will come. Rank 0 only.
+
+Knows names, manifests and what is missing; evaluates nothing and talks to no other rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from training.errors import RemoteError
+from training.evaluation.ledger import Ledger, Measurement
+from training.evaluation.watched import WatchedRun, is_last, oldest_first
+from training.manifest import Manifest
+
+log = logging.getLogger(__name__)
+
+# A set whose storage fails is tried again with later looks at the run, so many times in all.
+_ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which checkpoints are wanted, and until when.
+
+    every: of checkpoints between epochs, those whose step is a multiple of this.
+    once: those that are there now. idle_minutes: without a new one for so long, the end.
+    """
+
+    epochs_only: bool = False
+    every: int = 1
+    once: bool = False
+    idle_minutes: float | None = None
+
+    def takes(self, name: str, manifest: Manifest) -> bool:
+        """True for a checkpoint that is wanted; ends of epochs all are."""
+        return name.startswith("epoch_") or (not self.epochs_only and manifest.step % self.every == 0)
+
+    def is_idle_since(self, moment: float) -> bool:
+        """Whether nothing new has come for too long, since `moment` of the monotonic clock."""
+        return self.idle_minutes is not None and time.monotonic() - moment > 60 * self.idle_minutes
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A whole checkpoint, and what of it nobody has measured yet."""
+
+    name: str
+    text: str
+    manifest: Manifest
+    missing: tuple[Measurement, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} (step {self.manifest.step})"
+
+
+@dataclass(frozen=True)
+class View:
+    """What is to be evaluated, oldest first; and why this was the last look, where it was."""
+
+    arrivals: tuple[Arrival, ...] = ()
+    end: str = ""
+
+
+class Lookout:
+    """Looks at a run again and again; is told what became of each arrival."""
+
+    def __init__(self, run: WatchedRun, ledger: Ledger, wanted: Sequence[Measurement], choice: Choice):
+        self._run, self._ledger, self._wanted, self._choice = run, ledger, wanted, choice
+        self._failures: Counter[tuple[str, str, Measurement | None]] = Counter()
+        self._damaged: set[tuple[str, str]] = set()
+        self._manifests: dict[str, str | None] = {}
+        self._news_at = time.monotonic()
+        self._said = ""
+
+    def look(self) -> View:
+        """A remote that does not answer is told once, and looked at again; with `once` RemoteError is raised."""
+        try:
+            manifests = self._run.manifests()
+        except RemoteError as error:
+            if self._choice.once:
+                raise
+            self._say(log.warning, f"{error}; looking again")
+            return View(end=self._idle())
+        if manifests != self._manifests:
+            self._manifests, self._news_at = manifests, time.monotonic()
+        arrivals = tuple(self._arrivals())
+        return View(arrivals, "" if arrivals else self._end())
+
+    def _arrivals(self) -> list[Arrival]:
+        found = []
+        for name, manifest in oldest_first(self._manifests):
+            text = self._manifests[name] or ""
+            if self._choice.takes(name, manifest) and (name, text) not in self._damaged:
+                missing = self._ledger.missing(manifest, self._wanted)
+                missing = [one for one in missing if self._failures[name, text, one] < _ATTEMPTS]
+                found += [Arrival(name, text, manifest, tuple(missing))] if missing else []
+        return found
+
+    def _end(self) -> str:
+        if self._choice.once:
+            return "nothing is left to evaluate" if self._manifests else f"{self._run.name} has no checkpoint yet"
+        whole = oldest_first(self._manifests)
+        try:
+            if whole and is_last(self._run, *whole[-1]):
+                return "the run is complete, and its last checkpoint is evaluated"
+        except RemoteError as error:
+            self._say(log.warning, f"{error}; looking again")
+        self._say(log.info, f"waiting for checkpoints of {self._run.name}")
+        return self._idle()
+
+    def _idle(self) -> str:
+        return "no new checkpoint has come for long" if self._choice.is_idle_since(self._news_at) else ""
+
+    def _say(self, tell: Callable[[str, str], None], text: str) -> None:
+        """Once for each time that something becomes so."""
+        if text != self._said:
+            tell("%s", text)
+        self._said = text
+
+    # ---- what became of them
+
+    def done(self, arrival: Arrival, measurement: Measurement) -> None:
+        """It is in the ledger."""
+        self._said = ""
+        for what in (measurement, None):
+            self._failures.pop((arrival.name, arrival.text, what), None)
+
+    def failed(self, arrival: Arrival, measurement: Measurement | None = None) -> None:
+        """A set of it, or all of it, could not be read; another try may succeed."""
+        self._failures[arrival.name, arrival.text, measurement] += 1
+
+    def damaged(self, arrival: Arrival) -> None:
+        """It is not what its manifest says, and will not be looked at again as long as that is the same."""
+        self._damaged.add((arrival.name, arrival.text))
+
+    def num_failed(self) -> int:
+        """Checkpoints of the last look that are not evaluated as was asked."""
+        lost = {(name, text) for name, text, _ in self._failures} | self._damaged
+        return sum((name, text) in lost for name, text in self._manifests.items())
