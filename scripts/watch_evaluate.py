@@ -49,11 +49,13 @@ def _watch(args: argparse.Namespace, preemption: Preemption) -> int:
     from training.config import ClusterConfig
     from training.console import logging_to
     from training.distributed import session
+    from training.evaluation.standalone import Exam
     from training.evaluation.watch import watch
 
     config = _watch_config(args)
+    exam = Exam(eval_config(args), data_config(args), args.batch_size, args.precision)
     with session(ClusterConfig(device=args.device)) as world, logging_to(None, world.rank):
-        return watch(config, eval_config(args), data_config(args), world, lambda: preemption.requested() is not None)
+        return watch(config, exam, world, lambda: preemption.requested() is not None)
 
 
 def _watch_config(args: argparse.Namespace) -> WatchConfig:
@@ -67,8 +69,6 @@ def _watch_config(args: argparse.Namespace) -> WatchConfig:
         interval_s=args.interval_s,
         averaged=args.ema,
         tokenizer=args.tokenizer,
-        batch_size=args.batch_size,
-        precision=args.precision,
         scratch=args.scratch,
         report_to=args.report_to,
         wandb_project=args.wandb_project_name,

@@ -39,7 +39,7 @@ _TOLD = ("-top1", "R@1", "clip_val_loss", "mean_per_class_recall")
 
 @dataclass(frozen=True, kw_only=True)
 class WatchConfig:
-    """Whose checkpoints are evaluated, which of them, how, and where the figures go.
+    """Whose checkpoints are evaluated, which of them, and where the figures go.
 
     run: folder or URL. output: where the figures go; the run's folder if None. scratch: where a checkpoint of a URL
     lies while it is evaluated. averaged: the moving average of the weights too. tokenizer: where its files are,
@@ -52,8 +52,6 @@ class WatchConfig:
     interval_s: float = 60.0
     averaged: bool = False
     tokenizer: str | None = None
-    batch_size: int = 64
-    precision: str = "fp32"
     scratch: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))
     report_to: str = ""
     wandb_project: str = "clipyard"

@@ -19,14 +19,18 @@ from training.evaluation.claim import Claim
 from training.manifest import Manifest
 from training.metrics import EVALUATIONS_FILE, Listener, append_record, make_record, read_metrics
 
-Key = tuple[int, float, str, str]
+Key = tuple[int, float, str, str, str]
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One set on one of a checkpoint's weights: its own, or the moving average of them."""
+    """One set on one of a checkpoint's weights: its own, or the moving average of them.
+
+    fingerprint: of what the set is asked with, which may change under its name.
+    """
 
     set_name: str
+    fingerprint: str = ""
     averaged: bool = False
 
     @property
@@ -65,7 +69,7 @@ class Ledger:
         self._claim.check()
         values: dict[str, Any] = {"checkpoint": checkpoint, "saved_at": manifest.written_at}
         values |= {"file": measurement.file, "weights": _digest(manifest, measurement.file)}
-        values |= {"set": measurement.set_name} | measurement.named(figures)
+        values |= {"set": measurement.set_name, "prompts": measurement.fingerprint} | measurement.named(figures)
         where = {"step": manifest.step, "epoch": manifest.epoch, "samples_seen": manifest.samples_seen}
         record = make_record(values, **where)
         append_record(self._file, self.path, record)
@@ -81,11 +85,12 @@ class Ledger:
 
 def _key(manifest: Manifest, measurement: Measurement) -> Key:
     """A step that was made anew has other weights: when they were saved tells them apart."""
-    return manifest.step, manifest.written_at, measurement.file, measurement.set_name
+    return manifest.step, manifest.written_at, measurement.file, measurement.set_name, measurement.fingerprint
 
 
 def _key_of(record: Mapping[str, Any]) -> Key:
-    return record["step"], record.get("saved_at", 0.0), record.get("file", ""), record.get("set", "")
+    file, set_name, prompts = (str(record.get(field, "")) for field in ("file", "set", "prompts"))
+    return record["step"], record.get("saved_at", 0.0), file, set_name, prompts
 
 
 def _digest(manifest: Manifest, file: str) -> str:

@@ -7,22 +7,24 @@ desk's.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import models
 from training.checkpoint import MODEL_CONFIG_FILE, STATE_FILE
-from training.config import DataConfig, EvalConfig
 from training.distributed import Errand, World
 from training.errors import EXIT_DONE, EXIT_FAILED, CheckpointError, RemoteError, StoppedEarly, first_line
 from training.evaluation.desk import Desk, Verdict, WatchConfig, open_desk
-from training.evaluation.evaluator import Evaluator
+from training.evaluation.evaluator import Evaluator, open_tasks
 from training.evaluation.ledger import Measurement
 from training.evaluation.lookout import Arrival, View
-from training.evaluation.standalone import load_model, open_evaluator
+from training.evaluation.standalone import Exam, check_exam, load_model, open_evaluator
+from training.evaluation.tasks import Task, ZeroshotTask
 from training.evaluation.watched import WatchedRun, open_run
 from training.manifest import read_manifest_text
 
@@ -33,27 +35,34 @@ T = TypeVar("T")
 _ASKING_S = 0.2
 
 
-def watch(
-    config: WatchConfig, sets: EvalConfig, data: DataConfig, world: World, should_stop: Callable[[], bool]
-) -> int:
+def watch(config: WatchConfig, exam: Exam, world: World, should_stop: Callable[[], bool]) -> int:
     """Evaluate until the run is complete, or as long as `config.choice` says. Returns the exit code. Collective.
 
     Raises StoppedEarly when a rank is asked to stop, ConfigError for settings, sets or a tokenizer that do not fit.
     """
     config.check()
-    names = check_sets(sets, data, world)
-    wanted = [Measurement(name, averaged) for averaged in (False, True)[: 1 + config.averaged] for name in names]
+    check_exam(exam)
+    # Now: a wrong path must not wait for the first checkpoint.
+    tasks = open_tasks(exam.sets, exam.data, world)
     run = open_run(config.run, config.scratch, config.output)
     if not _await_run(run, config, world, should_stop):
         return EXIT_DONE
-    with open_desk(config, run, wanted, world, should_stop) as desk:
-        return Watch(config, sets, data, run, world, should_stop, desk).run()
+    with open_desk(config, run, measurements(tasks, config.averaged), world, should_stop) as desk:
+        return Watch(config, exam, tasks, run, world, should_stop, desk).run()
 
 
-def check_sets(sets: EvalConfig, data: DataConfig, world: World) -> list[str]:
-    """The names of the sets, their first samples read: a wrong path must not wait for the first checkpoint."""
-    stand_in = models.InferenceTransform(models.PreprocessConfig())
-    return Evaluator(sets, data, models.get_tokenizer("ViT-B-32"), stand_in, world).due(epoch=0, is_last=True)
+def measurements(tasks: Mapping[str, Task], averaged: bool) -> list[Measurement]:
+    """All that is to be measured of a checkpoint."""
+    kinds = (False, True) if averaged else (False,)
+    return [Measurement(label, fingerprint(task), kind) for kind in kinds for label, task in tasks.items()]
+
+
+def fingerprint(task: Task) -> str:
+    """Of the names and templates that a classification asks with: changed, they give other figures."""
+    if not isinstance(task, ZeroshotTask):
+        return ""
+    asked = json.dumps([task.labelled.classnames, task.labelled.templates])
+    return f"sha256:{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
 
 
 def _await_run(run: WatchedRun, config: WatchConfig, world: World, should_stop: Callable[[], bool]) -> bool:
@@ -82,14 +91,14 @@ class Watch:
     def __init__(
         self,
         config: WatchConfig,
-        sets: EvalConfig,
-        data: DataConfig,
+        exam: Exam,
+        tasks: dict[str, Task],
         run: WatchedRun,
         world: World,
         should_stop: Callable[[], bool],
         desk: Desk | None,
     ):
-        self._config, self._sets, self._data = config, sets, data
+        self._config, self._exam, self._tasks = config, exam, tasks
         self._run, self._world, self._should_stop, self._desk = run, world, should_stop, desk
         self._evaluator: tuple[str, Evaluator] | None = None
 
@@ -162,15 +171,8 @@ class Watch:
         if self._evaluator is None or self._evaluator[0] != text:
             origin = self._tried(arrival, lambda: models.read_provenance(str(folder)))
             evaluator = open_evaluator(
-                model.config,
-                origin,
-                self._sets,
-                self._data,
-                self._world,
-                batch_size=self._config.batch_size,
-                precision=self._config.precision,
-                tokenizer=self._config.tokenizer,
-                should_stop=self._should_stop,
+                *(model.config, origin, self._exam, self._world, self._config.tokenizer, self._should_stop),
+                tasks=self._tasks,
             )
             self._evaluator = text, evaluator
         return self._evaluator[1]
