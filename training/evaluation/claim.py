@@ -25,7 +25,7 @@ from training.errors import ConfigError, FolderError
 log = logging.getLogger(__name__)
 
 FILE_NAME = "evaluations.lock"
-BEAT_S = 10.0
+BEAT_S = 5.0
 # Attributes of files are a minute old on some network file systems.
 SILENT_S = 90.0
 _SETTLES_S = 0.2
