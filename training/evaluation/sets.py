@@ -158,7 +158,8 @@ class _told_as:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, DataError):
-            raise DataConfigError(f"{self._where}: {error}") from error
+            # The readers are those of training, and name its flag.
+            raise DataConfigError(f"{self._where}: {str(error).removeprefix('--train-data ')}") from error
 
 
 def _probe(labelled: LabelledSet) -> None:

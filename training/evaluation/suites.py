@@ -76,7 +76,7 @@ def _suite(path: Path, raw: Any, root: str | None) -> Suite:
     if not isinstance(raw, dict) or not isinstance(raw.get("sets"), list) or not raw["sets"]:
         raise ConfigError("expected a mapping with a list `sets`")
     _refuse_unknown(raw, _SUITE_KEYS, "")
-    root = root or raw.get("root")
+    root = root or (_beside(path, raw["root"]) if "root" in raw else None)
     specs = [_spec(path, number, entry, root) for number, entry in enumerate(raw["sets"], 1)]
     labels = [spec.label for spec in specs]
     for label in labels:
