@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Evaluates until the run is complete. Returns the exit code."""
     # A signal may come while torch is imported, too: the heavy imports are inside.
     with Preemption(margin_s=_MARGIN_S) as preemption:
-        args = _parser().parse_args(argv)
+        args = build_parser().parse_args(argv)
         try:
             return _watch(args, preemption)
         except UserError as error:
@@ -45,15 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _watch(args: argparse.Namespace, preemption: Preemption) -> int:
-    from scripts.evaluate import data_config, eval_config
+    from scripts.evaluate import exam_of
     from training.config import ClusterConfig
     from training.console import logging_to
     from training.distributed import session
-    from training.evaluation.standalone import Exam
     from training.evaluation.watch import watch
 
-    config = _watch_config(args)
-    exam = Exam(eval_config(args), data_config(args), args.batch_size, args.precision)
+    config, exam = _watch_config(args), exam_of(args)
     with session(ClusterConfig(device=args.device)) as world, logging_to(None, world.rank):
         return watch(config, exam, world, lambda: preemption.requested() is not None)
 
@@ -75,10 +73,11 @@ def _watch_config(args: argparse.Namespace) -> WatchConfig:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The flags, those of `scripts.evaluate` for sets among them."""
     from scripts.evaluate import add_set_flags
 
-    parser = argparse.ArgumentParser(prog="python -m scripts.watch_evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m scripts.watch_evaluate", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("run", metavar="RUN", help="folder of the run, <logs>/<name>, or the URL of its copy, <--remote-sync>/<name>")
     add("--output", type=Path, help="folder for evaluations.jsonl, where RUN is a URL or cannot be written")

@@ -74,6 +74,13 @@ def parse_report_to(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def check_installed(names: Sequence[str]) -> None:
+    """Raises ConfigError where the package of a sink is missing."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"--report-to {name}: the package {name} is not installed (pip install {name})")
+
+
 def new_wandb_id() -> str:
     """A fresh run id; made here, not by W&B, so that the first checkpoint can hold it without waiting."""
     return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
@@ -81,9 +88,7 @@ def new_wandb_id() -> str:
 
 def build_trackers(names: Sequence[str], settings: SinkSettings) -> Trackers:
     """Start the named sinks. Raises ConfigError at once when a package is missing; later troubles only warn."""
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"--report-to {name}: the package {name} is not installed (pip install {name})")
+    check_installed(names)
     from training.tracker_process import WandbProcess
 
     kinds: dict[str, Callable[[SinkSettings], Sink]] = {"wandb": WandbProcess, "tensorboard": TensorBoardSink}

@@ -28,7 +28,15 @@ from training.evaluation.watched import WatchedRun
 from training.metrics import FILE_NAME as METRICS_FILE
 from training.metrics import figures_of
 from training.remote import CHECKPOINTS
-from training.sinks import NOT_PLOTTED, SinkSettings, Trackers, build_trackers, new_wandb_id, parse_report_to
+from training.sinks import (
+    NOT_PLOTTED,
+    SinkSettings,
+    Trackers,
+    build_trackers,
+    check_installed,
+    new_wandb_id,
+    parse_report_to,
+)
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +66,7 @@ class WatchConfig:
 
     def check(self) -> None:
         """Raises ConfigError for what cannot work."""
-        parse_report_to(self.report_to)
+        check_installed(parse_report_to(self.report_to))
         if "://" in self.run and self.output is None:
             raise ConfigError(f"RUN {self.run} is a URL: --output must name a local folder for the figures")
         if self.output is not None and (self.output / CHECKPOINTS).exists():
@@ -99,7 +107,7 @@ class Desk:
     def look(self) -> View:
         """What is to be evaluated. Brings the trainer's numbers along where the figures go elsewhere."""
         view = self.lookout.look()
-        if self._output is not None:
+        if self._output is not None and (view.arrivals or view.end):
             with contextlib.suppress(RemoteError):
                 _copy_metrics(self._run, self._output)
         return view
@@ -110,10 +118,10 @@ class Desk:
             self.lookout.failed(arrival, measurement)
             return
         self._reports.open(self._run.path_of(arrival.name) / STATE_FILE)
-        record = self._ledger.write(arrival.name, arrival.manifest, measurement, figures)
+        self._ledger.write(arrival.name, arrival.manifest, measurement, figures)
         self.lookout.done(arrival, measurement)
-        told = (f"{name} {value:.4f}" for name, value in figures_of(record).items() if name.endswith(_TOLD))
-        log.info("%s: %s", arrival, ", ".join(told))
+        shown = {name: value for name, value in measurement.named(figures).items() if name.endswith(_TOLD)}
+        log.info("%s: %s", arrival, ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
 
     def judge(self, arrival: Arrival, severity: Verdict, error: str) -> Verdict:
         """What follows from an error in reading a checkpoint; tells it in one line."""

@@ -64,7 +64,7 @@ class Ledger:
 
     def write(
         self, checkpoint: str, manifest: Manifest, measurement: Measurement, figures: Mapping[str, float]
-    ) -> dict[str, Any]:
+    ) -> None:
         """Append what was measured, so that it outlives the machine. Raises FolderError when another one writes now."""
         self._claim.check()
         values: dict[str, Any] = {"checkpoint": checkpoint, "saved_at": manifest.written_at}
@@ -77,7 +77,6 @@ class Ledger:
         self._done.add(_key(manifest, measurement))
         if self._listener is not None:
             self._listener.write(record)
-        return record
 
     def close(self) -> None:
         self._file.close()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from training.errors import RemoteError
 from training.evaluation.ledger import Ledger, Measurement
 from training.evaluation.watched import WatchedRun, is_last, oldest_first
-from training.manifest import Manifest
+from training.manifest import MANIFEST, Manifest, parse_manifest
 
 log = logging.getLogger(__name__)
 
@@ -77,18 +77,26 @@ class Lookout:
         self._said = ""
 
     def look(self) -> View:
-        """A remote that does not answer is told once, and looked at again; with `once` RemoteError is raised."""
+        """A remote that no longer answers is told once, and asked again. Raises RemoteError when it never has."""
         try:
             manifests = self._run.manifests()
         except RemoteError as error:
-            if self._choice.once:
+            if not self._manifests:
                 raise
             self._say(log.warning, f"{error}; looking again")
             return View(end=self._idle())
         if manifests != self._manifests:
             self._manifests, self._news_at = manifests, time.monotonic()
+            self._name_unreadable()
         arrivals = tuple(self._arrivals())
         return View(arrivals, "" if arrivals else self._end())
+
+    def _name_unreadable(self) -> None:
+        """A manifest that is not there yet may come; one that is damaged stays so."""
+        for name, text in self._manifests.items():
+            if text is not None and parse_manifest(text) is None and (name, text) not in self._damaged:
+                log.error("%s is passed over: its %s is damaged", name, MANIFEST)
+                self._damaged.add((name, text))
 
     def _arrivals(self) -> list[Arrival]:
         found = []

@@ -21,9 +21,10 @@ from training.distributed import Errand, World
 from training.errors import EXIT_DONE, EXIT_FAILED, CheckpointError, RemoteError, StoppedEarly, first_line
 from training.evaluation.desk import Desk, Verdict, WatchConfig, open_desk
 from training.evaluation.evaluator import Evaluator, open_tasks
+from training.evaluation.exam import Exam
 from training.evaluation.ledger import Measurement
 from training.evaluation.lookout import Arrival, View
-from training.evaluation.standalone import Exam, check_exam, load_model, open_evaluator
+from training.evaluation.standalone import load_model, open_evaluator
 from training.evaluation.tasks import Task, ZeroshotTask
 from training.evaluation.watched import WatchedRun, open_run
 from training.manifest import read_manifest_text
@@ -41,7 +42,7 @@ def watch(config: WatchConfig, exam: Exam, world: World, should_stop: Callable[[
     Raises StoppedEarly when a rank is asked to stop, ConfigError for settings, sets or a tokenizer that do not fit.
     """
     config.check()
-    check_exam(exam)
+    exam.check()
     # Now: a wrong path must not wait for the first checkpoint.
     tasks = open_tasks(exam.sets, exam.data, world)
     run = open_run(config.run, config.scratch, config.output)
@@ -67,12 +68,14 @@ def fingerprint(task: Task) -> str:
 
 def _await_run(run: WatchedRun, config: WatchConfig, world: World, should_stop: Callable[[], bool]) -> bool:
     """True when there is a folder for the figures; False when it has not come in time."""
-    began = time.monotonic()
+    began, is_told = time.monotonic(), False
     while not world.on_main(lambda: config.output is not None or config.is_there(run), "RUN"):
         if world.on_main(lambda: config.choice.is_idle_since(began)):
             log.info("no run %s has come: nothing to evaluate", run.name)
             return False
-        log.info("waiting for the run %s to begin", run.name)
+        if not is_told:
+            log.info("waiting for the run %s to begin", run.name)
+            is_told = True
         pause(config.interval_s, world, should_stop)
     return True
 

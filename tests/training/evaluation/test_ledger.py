@@ -51,7 +51,8 @@ def test_a_record_has_the_form_of_the_runs_own_and_says_what_was_evaluated(tmp_p
 
 
 def test_figures_of_the_average_have_names_of_their_own(tmp_path: Path, opened: Open) -> None:
-    record = opened().write("epoch_1", MANIFEST, AVERAGED, FIGURES)
+    opened().write("epoch_1", MANIFEST, AVERAGED, FIGURES)
+    (record,) = lines(tmp_path)
     assert record["val/ema/shapes-zeroshot-top1"] == 0.5 and "val/shapes-zeroshot-top1" not in record
     assert record["weights"] == "crc32:00000def"
 

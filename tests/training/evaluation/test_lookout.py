@@ -156,22 +156,35 @@ def test_a_set_that_could_be_read_at_last_is_no_failure(run: StagedRun, ledger: 
     assert lookout.num_failed() == 0
 
 
-def test_a_remote_that_does_not_answer_is_told_once_and_asked_again(
+def test_a_remote_that_no_longer_answers_is_told_once_and_asked_again(
     run: StagedRun, ledger: Ledger, caplog: pytest.LogCaptureFixture
 ) -> None:
     lookout = Lookout(run, ledger, [SHAPES], Choice())
     run.save("epoch_1", 6)
+    assert names(lookout) == ["epoch_1"]
     run.answers = False
-    assert [lookout.look() == lookout.look() for _ in range(3)] and names(lookout) == []
+    assert names(lookout) == names(lookout) == []
     assert caplog.text.count("cannot be listed; looking again") == 1
     run.answers = True
     assert names(lookout) == ["epoch_1"]
 
 
-def test_asked_once_a_remote_that_does_not_answer_is_an_error(run: StagedRun, ledger: Ledger) -> None:
+def test_a_remote_that_has_never_answered_is_an_error(run: StagedRun, ledger: Ledger) -> None:
     run.answers = False
     with pytest.raises(RemoteError):
-        Lookout(run, ledger, [SHAPES], Choice(once=True)).look()
+        Lookout(run, ledger, [SHAPES], Choice()).look()
+
+
+def test_a_damaged_manifest_is_named_once_and_one_that_is_not_there_yet_is_not(
+    run: StagedRun, ledger: Ledger, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.texts |= {"epoch_1": "{}", "epoch_2": None}
+    lookout = Lookout(run, ledger, [SHAPES], Choice())
+    assert names(lookout) == []
+    run.save("epoch_3", 18)
+    assert names(lookout) == ["epoch_3"] and lookout.num_failed() == 1
+    assert caplog.text.count("epoch_1 is passed over: its manifest.json is damaged") == 1
+    assert "epoch_2" not in caplog.text
 
 
 def test_it_is_over_after_idle_minutes_and_news_begin_them_anew(
