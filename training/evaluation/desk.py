@@ -28,6 +28,7 @@ from training.evaluation.watched import WatchedRun
 from training.metrics import FILE_NAME as METRICS_FILE
 from training.metrics import figures_of
 from training.remote import CHECKPOINTS
+from training.secrets import mask_text
 from training.sinks import (
     NOT_PLOTTED,
     SinkSettings,
@@ -68,7 +69,7 @@ class WatchConfig:
         """Raises ConfigError for what cannot work."""
         check_installed(parse_report_to(self.report_to))
         if "://" in self.run and self.output is None:
-            raise ConfigError(f"RUN {self.run} is a URL: --output must name a local folder for the figures")
+            raise ConfigError(f"RUN {mask_text(self.run)} is a URL: --output must name a local folder for the figures")
         if self.output is not None and (self.output / CHECKPOINTS).exists():
             raise ConfigError(f"--output {self.output} is the folder of a run: leave it out if it is RUN's own")
         for flag, value in (("--interval-s", self.interval_s), ("--every", self.choice.every)):

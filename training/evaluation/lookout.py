@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from training.errors import RemoteError
@@ -74,17 +74,24 @@ class Lookout:
         self._damaged: set[tuple[str, str]] = set()
         self._manifests: dict[str, str | None] = {}
         self._news_at = time.monotonic()
-        self._said = ""
+        self._trouble, self._is_waiting = "", False
 
     def look(self) -> View:
         """A remote that no longer answers is told once, and asked again. Raises RemoteError when it never has."""
         try:
-            manifests = self._run.manifests()
+            view = self._look()
         except RemoteError as error:
             if not self._manifests:
                 raise
-            self._say(log.warning, f"{error}; looking again")
+            if str(error) != self._trouble:
+                log.warning("%s; looking again", error)
+            self._trouble = str(error)
             return View(end=self._idle())
+        self._trouble = ""
+        return view
+
+    def _look(self) -> View:
+        manifests = self._run.manifests()
         if manifests != self._manifests:
             self._manifests, self._news_at = manifests, time.monotonic()
             self._name_unreadable()
@@ -112,28 +119,20 @@ class Lookout:
         if self._choice.once:
             return "nothing is left to evaluate" if self._manifests else f"{self._run.name} has no checkpoint yet"
         whole = oldest_first(self._manifests)
-        try:
-            if whole and is_last(self._run, *whole[-1]):
-                return "the run is complete, and its last checkpoint is evaluated"
-        except RemoteError as error:
-            self._say(log.warning, f"{error}; looking again")
-        self._say(log.info, f"waiting for checkpoints of {self._run.name}")
+        if whole and is_last(self._run, *whole[-1]):
+            return "the run is complete, and its last checkpoint is evaluated"
+        if not self._is_waiting:
+            log.info("waiting for checkpoints of %s", self._run.name)
+        self._is_waiting = True
         return self._idle()
 
     def _idle(self) -> str:
         return "no new checkpoint has come for long" if self._choice.is_idle_since(self._news_at) else ""
 
-    def _say(self, tell: Callable[[str, str], None], text: str) -> None:
-        """Once for each time that something becomes so."""
-        if text != self._said:
-            tell("%s", text)
-        self._said = text
-
     # ---- what became of them
 
     def done(self, arrival: Arrival, measurement: Measurement) -> None:
         """It is in the ledger."""
-        self._said = ""
         for what in (measurement, None):
             self._failures.pop((arrival.name, arrival.text, what), None)
 
