@@ -68,6 +68,7 @@ def add_set_flags(parser: argparse.ArgumentParser) -> None:
     add("--zeroshot-data", nargs="+", default=[], metavar="NAME=FOLDER", help="sets in CLIP_benchmark's layout")
     add("--imagenet-val", help="ImageNet's validation set: one folder per WordNet id")
     add("--imagenet-v2", help="ImageNet-V2: one folder per number of a class")
+    add("--imagenet-prompts", default="own", choices=("own", "openclip"), help="openclip: those of published figures")
     add("--retrieval-data", nargs="+", default=[], metavar="NAME=FOLDER", help="images with captions")
     add("--linear-probe-data", nargs="+", default=[], metavar="NAME=FOLDER", help="sets with train/ and test/ splits")
     add("--eval-suite", nargs="+", default=[], metavar="SUITE", help="names in configs/eval, or YAML files")
@@ -96,6 +97,7 @@ def eval_config(args: argparse.Namespace) -> EvalConfig:
     return EvalConfig(
         imagenet_val=args.imagenet_val,
         imagenet_v2=args.imagenet_v2,
+        imagenet_prompts=args.imagenet_prompts,
         zeroshot_data=tuple(args.zeroshot_data),
         retrieval_data=tuple(args.retrieval_data),
         linear_probe_data=tuple(args.linear_probe_data),

@@ -26,8 +26,7 @@ SUITES_DIR = Path(__file__).resolve().parents[2] / "configs" / "eval"
 _PLACE = "{name}"
 _SUITE_KEYS = ("about", "root", "sets")
 _NUMBERS = ("num_samples", "num_classes", "num_captions")
-_FILES = ("classnames", "templates")
-_SET_KEYS = ("name", "task", "url", "main", *_NUMBERS, *_FILES)
+_SET_KEYS = ("name", "task", "url", "main", *_NUMBERS, "classnames", "templates")
 
 
 @dataclass(frozen=True)
@@ -107,8 +106,9 @@ def _spec(path: Path, number: int, entry: Any, root: str | None) -> SetSpec:
             num_captions=_number(name, entry, "num_captions"),
         ),
         _main(name, kind, entry.get("main")),
+        classnames=_beside(path, entry["classnames"]) if "classnames" in entry else None,
+        templates=_beside(path, entry["templates"]) if "templates" in entry else None,
         suite=path.stem,
-        **{key: _beside(path, entry[key]) for key in _FILES if key in entry},
     )
 
 

@@ -117,6 +117,14 @@ def test_imagenet_folders_get_timms_names(tmp_path: Path) -> None:
     assert found.classnames[2].startswith("crane") or "," in found.classnames[2]
 
 
+def test_imagenet_may_have_openclips_prompts(tmp_path: Path) -> None:
+    root = write_folders(tmp_path / "val", ("n01440764", "n02012849"))
+    found = sets.open_labelled_set(spec_of(imagenet_val=str(root), imagenet_prompts="openclip"))
+    assert found.classnames == ("tench", "crane bird")
+    assert len(found.templates) == 80
+    assert found.has_own_templates
+
+
 def test_a_folder_that_is_no_imagenet_class_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="n99999999 is none of the 1000 classes"):
         open_imagenet(str(write_folders(tmp_path / "val", ("n01440764", "n99999999"))))
@@ -156,6 +164,20 @@ def test_a_probe_needs_a_training_split(labelled_set: Path) -> None:
     spec = spec_of(linear_probe_data=(f"shapes={labelled_set}",))
     with pytest.raises(DataConfigError, match=r"^--linear-probe-data shapes=.*found neither train/nshards\.txt"):
         sets.open_labelled_set(spec, splits=("train", "test"))
+
+
+@pytest.mark.parametrize("kind", ["list", "folders", "tars"])
+def test_a_set_without_splits_is_not_probed_on_what_it_was_fitted_on(tmp_path: Path, kind: str) -> None:
+    if kind == "list":
+        draw_image(0).save(tmp_path / "a.png")
+        (tmp_path / "set.csv").write_text("filepath,label\na.png,cat\n")
+    elif kind == "folders":
+        write_folders(tmp_path / "set", ("cat", "dog"))
+    else:
+        (write_labelled(tmp_path / "set", counts=(3,)) / "test" / "0.tar").rename(tmp_path / "set" / "0.tar")
+    url = tmp_path / ("set.csv" if kind == "list" else "set")
+    with pytest.raises(DataConfigError, match=r"no split 'train'|neither train/nshards\.txt"):
+        sets.open_labelled_set(spec_of(linear_probe_data=(f"set={url}",)), splits=("train", "test"))
 
 
 def test_folders_that_are_numbers_are_sorted_as_numbers(tmp_path: Path) -> None:
