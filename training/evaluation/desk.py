@@ -113,12 +113,15 @@ class Desk:
                 _copy_metrics(self._run, self._output)
         return view
 
+    def loaded(self, arrival: Arrival) -> None:
+        """A checkpoint is at hand: the first one tells which run of the trackers' it belongs to."""
+        self._reports.open(self._run.path_of(arrival.name) / STATE_FILE)
+
     def note(self, arrival: Arrival, measurement: Measurement, figures: Mapping[str, float]) -> None:
         """Write the figures down; none is a set that could not be read, which has been told."""
         if not figures:
             self.lookout.failed(arrival, measurement)
             return
-        self._reports.open(self._run.path_of(arrival.name) / STATE_FILE)
         self._ledger.write(arrival.name, arrival.manifest, measurement, figures)
         self.lookout.done(arrival, measurement)
         shown = {name: value for name, value in measurement.named(figures).items() if name.endswith(_TOLD)}
@@ -150,13 +153,13 @@ class Reports:
         self._trackers: Trackers | None = None
 
     def open(self, state: Path) -> None:
-        """state: a checkpoint's state.json. The first call counts."""
+        """state: a checkpoint's state.json; where it has gone, the next one's. The first call that reads one counts."""
         if self._trackers is not None:
             return
-        names = parse_report_to(self._config.report_to)
-        run_id = ""
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            run_id = json.loads(state.read_text(encoding="utf-8")).get("wandb_run_id", "")
+        try:
+            run_id = json.loads(state.read_text(encoding="utf-8")).get("wandb_run_id")
+        except (OSError, ValueError):
+            return
         settings = SinkSettings(
             run_dir=self._folder,
             run_name=self._run_name,
@@ -164,13 +167,13 @@ class Reports:
             wandb_project=self._config.wandb_project,
             writer=WRITER,
         )
-        self._trackers = build_trackers(names, settings)
+        self._trackers = build_trackers(parse_report_to(self._config.report_to), settings)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """What is about the checkpoint's file is no curve."""
-        assert self._trackers is not None
-        position = {name: record[name] for name in NOT_PLOTTED if name in record}
-        self._trackers.write(position | figures_of(record))
+        if self._trackers is not None:
+            position = {name: record[name] for name in NOT_PLOTTED if name in record}
+            self._trackers.write(position | figures_of(record))
 
     def close(self) -> None:
         if self._trackers is not None:

@@ -148,6 +148,8 @@ class Watch:
             return True
         self._world.pulse.enter(f"load {arrival.name}")
         model = self._tried(arrival, lambda: self._load(arrival, averaged))
+        if self._desk is not None:
+            self._desk.loaded(arrival)
         evaluator = self._evaluator_of(arrival, model)
         return all([self._measure(arrival, one, model, evaluator) for one in missing])
 
