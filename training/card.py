@@ -19,7 +19,7 @@ from models import ModelConfig, pair
 from training.checkpoint import CHECKPOINTS, CONFIG_FILE, STATE_FILE
 from training.cli import settings as known_settings
 from training.config import from_flat
-from training.metrics import FILE_NAME, read_metrics
+from training.metrics import FILE_NAME, read_records
 from training.plots import plot_runs
 from training.secrets import mask_text
 
@@ -166,7 +166,7 @@ def read_training(checkpoint: Path) -> Training | None:
     folder = checkpoint.resolve().parent.parent
     if checkpoint.resolve().parent.name != CHECKPOINTS or not (folder / FILE_NAME).is_file():
         return Training(settings, state, None, [])
-    records = [record for record in read_metrics(folder / FILE_NAME) if record["step"] <= state["progress"]["step"]]
+    records = [record for record in read_records(folder) if record["step"] <= state["progress"]["step"]]
     return Training(settings, state, folder, records)
 
 

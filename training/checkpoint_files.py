@@ -157,9 +157,12 @@ def _take_name(temporary: Path, folder: Path) -> None:
     _remove_tree(replaced)
 
 
-def receive(folder: Path, source: str, manifest_text: str, get: Callable[[str, Path], None]) -> Path:
+def receive(
+    folder: Path, source: str, manifest_text: str, get: Callable[[str, Path], None], only: Collection[str] = ()
+) -> Path:
     """Build `folder` from `source`, of which `get(name, path)` brings a file. It appears verified, or not at all.
 
+    only: bring these files alone; the folder is no whole checkpoint then.
     Raises CheckpointError when what came is not what the manifest says, and whatever `get` raises.
     """
     temporary = _hidden_name("tmp", folder)
@@ -168,9 +171,10 @@ def receive(folder: Path, source: str, manifest_text: str, get: Callable[[str, P
         _remove_tree(temporary)
         temporary.mkdir(parents=True)
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda name: get(name, temporary / name), manifest.files))
+            wanted = [name for name in manifest.files if not only or name in only]
+            list(pool.map(lambda name: get(name, temporary / name), wanted))
         (temporary / MANIFEST).write_text(manifest_text, encoding="utf-8")
-        verify_checkpoint(temporary)
+        verify_checkpoint(temporary, only=only)
         _take_name(temporary, folder)
     except CheckpointError as error:
         raise type(error)(str(error).replace(str(temporary), source)) from error

@@ -1,8 +1,8 @@
-"""The one truth about a run's numbers: `metrics.jsonl`, append-only, one object a line.
+"""The truth about a run's numbers: `metrics.jsonl` of the trainer, and `evaluations.jsonl` of who evaluates beside it.
 
-Knows no tracker from inside and no tensors: values are numbers by the time they come here. Every line
-carries `step`, `epoch`, `samples_seen` and `time` (unix seconds). JSON has no NaN: a value that is not
-finite is written as null and named in the line's `nonfinite` list.
+Both are append-only, one object a line, and each has one writer. Knows no tracker from inside and no tensors: values
+are numbers by the time they come here. Every line carries `step`, `epoch`, `samples_seen` and `time` (unix seconds).
+JSON has no NaN: a value that is not finite is written as null and named in the line's `nonfinite` list.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 FILE_NAME = "metrics.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
 
 
 class Listener(Protocol):
@@ -54,14 +57,8 @@ class MetricsLog:
 
     def write(self, values: Mapping[str, Any], *, step: int, epoch: int, samples_seen: int) -> dict[str, Any]:
         """Append one line, hand the record to the listener, and return it. Scalars of any library are taken."""
-        record = {"step": step, "epoch": epoch, "samples_seen": samples_seen, "time": time.time()} | as_json(values)
-        line = memoryview((json.dumps(record, allow_nan=False) + "\n").encode())
-        try:
-            os.stat(self.path)
-            while line:
-                line = line[self._file.write(line) :]
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        record = make_record(values, step=step, epoch=epoch, samples_seen=samples_seen)
+        append_record(self._file, self.path, record)
         if self._listener is not None:
             self._listener.write(record)
         return record
@@ -80,6 +77,22 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def make_record(values: Mapping[str, Any], *, step: int, epoch: int, samples_seen: int) -> dict[str, Any]:
+    """What a line holds, of now."""
+    return {"step": step, "epoch": epoch, "samples_seen": samples_seen, "time": time.time()} | as_json(values)
+
+
+def append_record(file: io.FileIO, path: Path, record: Mapping[str, Any]) -> None:
+    """One more line in `file`, which `path` must still name. Raises OSError that names it."""
+    line = memoryview((json.dumps(record, allow_nan=False) + "\n").encode())
+    try:
+        os.stat(path)
+        while line:
+            line = line[file.write(line) :]
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,6 +118,57 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             if isinstance(record, dict) and isinstance(record.get("step"), int):
                 yield record
+
+
+def read_records(run_dir: Path) -> list[dict[str, Any]]:
+    """All that is known of a run, by step: the trainer's records, and behind those of a step its evaluations beside it.
+
+    A figure that the trainer has measured itself counts as it did; of several evaluations, that of the checkpoint
+    saved last. Figures of checkpoints that the trainer has gone back behind since are left out.
+    """
+    own = sorted(_read_if_there(run_dir / FILE_NAME), key=_step_of)
+    beside = _in_force(own, _read_if_there(run_dir / EVALUATIONS_FILE))
+    return sorted(own + beside, key=_step_of)
+
+
+def _read_if_there(path: Path) -> list[dict[str, Any]]:
+    return list(read_metrics(path)) if path.is_file() else []
+
+
+def _step_of(record: Mapping[str, Any]) -> int:
+    return int(record["step"])
+
+
+def figures_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured, of all that a record holds."""
+    return {name: value for name, value in record.items() if name.startswith("val/")}
+
+
+def _in_force(own: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The evaluations without figures that do not count; `own` by step."""
+    steps = [record["step"] for record in own]
+    latest = list(accumulate((record.get("time", 0.0) for record in own), max))
+    chosen: dict[tuple[int, str], int] = {(record["step"], name): -1 for record in own for name in figures_of(record)}
+    for index, record in enumerate(evaluations):
+        num_earlier = bisect_left(steps, record["step"])
+        # A trainer that writes of an earlier step than one it has saved has gone back, and makes that step anew.
+        if num_earlier and latest[num_earlier - 1] > _saved_at(record):
+            continue
+        for name in figures_of(record):
+            best = chosen.get((record["step"], name))
+            if best is None or (best >= 0 and _saved_at(record) >= _saved_at(evaluations[best])):
+                chosen[record["step"], name] = index
+    counting = []
+    for index, record in enumerate(evaluations):
+        dropped = {name for name in figures_of(record) if chosen.get((record["step"], name)) != index}
+        kept = {name: value for name, value in record.items() if name not in dropped}
+        counting += [kept] if figures_of(kept) else []
+    return counting
+
+
+def _saved_at(record: Mapping[str, Any]) -> float:
+    """When the evaluated checkpoint was saved."""
+    return float(record.get("saved_at", math.inf))
 
 
 def _keep_until(path: Path, last_step: int) -> None:

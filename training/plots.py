@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from training.errors import ConfigError
-from training.metrics import FILE_NAME, read_metrics
+from training.metrics import FILE_NAME, read_records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -105,7 +105,7 @@ def read_run(folder: Path) -> Run:
     path = folder / FILE_NAME
     if not path.is_file():
         raise ConfigError(f"{folder} is not a run folder: it has no {FILE_NAME}")
-    curves = curves_of(read_metrics(path))
+    curves = curves_of(read_records(folder))
     if not curves:
         raise ConfigError(f"{path} holds no metrics yet")
     return Run(folder.resolve().name, curves)

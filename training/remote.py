@@ -14,7 +14,7 @@ import os
 import random
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -153,16 +153,21 @@ class Remote:
 
     # ---- out
 
-    def fetch(self, name: str, directory: Path) -> Path:
+    def fetch(self, name: str, directory: Path, only: Collection[str] = ()) -> Path:
         """Bring the checkpoint `name` into the local `directory`, verified by checksums. Returns its folder.
 
-        Raises CheckpointError when it is not whole. What has its name there gives way to it.
+        only: bring these files alone. What has its name there gives way to it. Raises CheckpointError when it is not
+        whole.
         """
         source = f"{self}/{self._name_of(name)}"
         text = insist(lambda: self.manifest_text(name))
         if text is None:
             raise CheckpointError(f"{source} has no {MANIFEST}: it is not a whole checkpoint")
-        return receive(directory / name, source, text, lambda file, path: insist(lambda: self._get(name, file, path)))
+
+        def get(file: str, path: Path) -> None:
+            insist(lambda: self._get(name, file, path))
+
+        return receive(directory / name, source, text, get, only)
 
     def _get(self, name: str, file: str, path: Path) -> None:
         source = f"{self}/{self._name_of(name)}/{file}"

@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import logging
 import math
+import os
 import queue
 import secrets
 import string
@@ -45,7 +46,10 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class SinkSettings:
-    """What trackers show of a run. `resume_step` None is a new run."""
+    """What trackers show of a run. `resume_step` None is a new run.
+
+    writer: who writes, where that is not the trainer, who may be writing at the same time.
+    """
 
     run_dir: Path
     run_name: str
@@ -54,6 +58,7 @@ class SinkSettings:
     wandb_run_id: str = ""
     wandb_project: str = "clipyard"
     wandb_notes: str = ""
+    writer: str = ""
 
 
 def parse_report_to(text: str) -> tuple[str, ...]:
@@ -69,6 +74,13 @@ def parse_report_to(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def check_installed(names: Sequence[str]) -> None:
+    """Raises ConfigError where the package of a sink is missing."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"--report-to {name}: the package {name} is not installed (pip install {name})")
+
+
 def new_wandb_id() -> str:
     """A fresh run id; made here, not by W&B, so that the first checkpoint can hold it without waiting."""
     return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
@@ -76,9 +88,7 @@ def new_wandb_id() -> str:
 
 def build_trackers(names: Sequence[str], settings: SinkSettings) -> Trackers:
     """Start the named sinks. Raises ConfigError at once when a package is missing; later troubles only warn."""
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"--report-to {name}: the package {name} is not installed (pip install {name})")
+    check_installed(names)
     from training.tracker_process import WandbProcess
 
     kinds: dict[str, Callable[[SinkSettings], Sink]] = {"wandb": WandbProcess, "tensorboard": TensorBoardSink}
@@ -166,7 +176,11 @@ class SinkThread:
 
 
 class TensorBoardSink:
-    """Event files under `<run>/tensorboard`. On a resume, points beyond the checkpoint's step are purged."""
+    """Event files under `<run>/tensorboard`. On a resume, points beyond the checkpoint's step are purged.
+
+    A second writer has a folder of its own in there: of one folder TensorBoard reads a file to its end and, when it
+    has gone on to a newer one, never returns. It shows both folders' curves of one name in one chart.
+    """
 
     def __init__(self, settings: SinkSettings):
         with warnings.catch_warnings():
@@ -176,8 +190,8 @@ class TensorBoardSink:
 
         _leave_errors_to_the_next_call()
         purge_step = None if settings.resume_step is None else settings.resume_step + 1
-        self._writer = SummaryWriter(str(settings.run_dir / "tensorboard"), purge_step=purge_step)
-        if settings.resume_step is None:
+        self._writer = SummaryWriter(str(settings.run_dir / "tensorboard" / settings.writer), purge_step=purge_step)
+        if settings.resume_step is None and settings.config:
             self._writer.add_text("config", _as_markdown(mask_secrets(dict(settings.config))), 0)
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -214,7 +228,8 @@ class WandbSink:
     def __init__(self, settings: SinkSettings):
         import wandb
 
-        settings.run_dir.mkdir(parents=True, exist_ok=True)
+        folder = settings.run_dir / settings.writer
+        folder.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
             project=settings.wandb_project,
             name=settings.run_name,
@@ -222,8 +237,8 @@ class WandbSink:
             resume="allow",
             notes=mask_text(settings.wandb_notes) or None,
             config=mask_secrets(dict(settings.config)),
-            dir=str(settings.run_dir),
-            settings=wandb.Settings(silent=True, console="off"),
+            dir=str(folder),
+            settings=wandb.Settings(silent=True, console="off", **_beside_the_trainer(settings.writer)),
         )
         self._run.define_metric("*", step_metric="step")
 
@@ -236,6 +251,18 @@ class WandbSink:
 
     def abandon(self) -> None:
         """Nothing to end here: the process around it is killed."""
+
+
+def _beside_the_trainer(writer: str) -> dict[str, Any]:
+    """W&B's settings for a second writer of a run: it adds points, and leaves files and the run's end to the first.
+
+    W&B's server counts the points of all writers only in its shared mode; without a network each has files of its own.
+    """
+    if not writer:
+        return {}
+    alone = os.environ.get("WANDB_MODE", "online") not in ("online", "shared")
+    mode = {} if alone else {"mode": "shared"}
+    return mode | {"x_primary": False, "x_label": writer, "x_update_finish_state": False}
 
 
 def plottable(record: Mapping[str, Any]) -> dict[str, float]:

@@ -26,10 +26,10 @@ _END = "null"
 
 
 class WandbProcess:
-    """A sink whose `WandbSink` lives in a child process. What that prints goes to `<run>/wandb/tracker.log`."""
+    """A sink whose `WandbSink` lives in a child process. What that prints goes to `tracker.log`, beside W&B's files."""
 
     def __init__(self, settings: SinkSettings):
-        folder = settings.run_dir / "wandb"
+        folder = settings.run_dir / settings.writer / "wandb"
         folder.mkdir(parents=True, exist_ok=True)
         self._log = folder / LOG_FILE
         with self._log.open("wb") as log:

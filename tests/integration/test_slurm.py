@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from scripts import watch_evaluate
 from tests.helpers.process import ROOT
 from training.cli import parse_args
 
-TEMPLATES = sorted((ROOT / "slurm").glob("*.sbatch"))
+WATCH = ROOT / "slurm/watch_evaluate.sbatch"
+TEMPLATES = sorted(path for path in (ROOT / "slurm").glob("*.sbatch") if path != WATCH)
 TEMPLATE, CHAINED = ROOT / "slurm/train_8xh100.sbatch", ROOT / "slurm/chained.sbatch"
 
 FAKE_SRUN = """#!/usr/bin/env python3
@@ -64,7 +66,21 @@ def test_a_template_holds_flags_that_the_program_knows(template: Path, tmp_path:
     assert config.data.train_data == "s3://bucket/{00..99}.tar"
 
 
-@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.name)
+def test_the_evaluation_beside_a_run_is_started_with_flags_that_it_knows_and_requeued_as_the_run_is(
+    tmp_path: Path,
+) -> None:
+    flags = ("--zeroshot-data", "imagenet=s3://bucket/imagenet", "--idle-minutes", "60")
+    code, output, seen = _run_script(WATCH, tmp_path, *flags, SRUN_EXIT="75")
+    assert code == 75 and "scontrol requeue 77" in output, output
+    assert seen["args"][2:6] == ["python", "-u", "-m", "scripts.watch_evaluate"]
+    args = watch_evaluate.build_parser().parse_args(seen["args"][6:])
+    assert (args.run, args.idle_minutes, args.once) == (str(tmp_path / "logs" / "run"), 60, False)
+    assert [path.name for path in (tmp_path / "logs" / "run").iterdir()] == ["slurm_evaluate.log"]
+    _, _, seen = _run_script(WATCH, tmp_path, *flags, RUN="s3://bucket/runs/b32")
+    assert seen["args"][6] == "s3://bucket/runs/b32"
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES, WATCH], ids=lambda path: path.name)
 def test_a_template_asks_slurm_for_signal_log_and_whole_nodes(template: Path) -> None:
     directives = {
         line.removeprefix("#SBATCH ") for line in template.read_text().splitlines() if line.startswith("#SBATCH")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +55,14 @@ def test_a_card_tells_of_the_run_up_to_its_checkpoint(run: Path, tmp_path: Path)
     losses = [re.findall(pattern, card) for card in (first, last)]
     assert [len(found) for found in losses] == [1, 1] and losses[0] != losses[1]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_card_holds_what_was_measured_beside_the_run_up_to_its_checkpoint(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    measured = ({"step": step, "samples_seen": step * 8, "val/shapes-zeroshot-top1": step / 8} for step in (2, 4))
+    (copy / "evaluations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in measured))
+    first, last = (_card(tmp_path, copy / "checkpoints" / name) for name in ("epoch_1", "epoch_2"))
+    assert "| shapes-zeroshot-top1 | 0.2500 |" in first and "| shapes-zeroshot-top1 | 0.5000 |" in last
 
 
 def test_its_command_gives_the_same_settings_again(run: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.metrics import MetricsLog, read_metrics
+from training.metrics import MetricsLog, read_metrics, read_records
 
 
 def fill(run_dir: Path, steps: list[int], resume_step: int | None = None) -> Path:
@@ -107,3 +107,73 @@ def test_a_run_that_goes_back_has_each_step_once_and_in_order(tmp_path: Path) ->
                 log.rewind(1)
             log.write({"a": step}, step=step, epoch=0, samples_seen=step)
     assert [record["step"] for record in read_metrics(log.path)] == [1, 2, 3]
+
+
+# ---- with evaluations beside the training
+
+
+def beside(folder: Path, *records: dict[str, Any]) -> None:
+    """evaluations.jsonl, of checkpoints saved at the time of their step."""
+    usual = [{"saved_at": float(record["step"])} | record for record in records]
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in usual))
+
+
+def trained(folder: Path, *records: dict[str, Any]) -> None:
+    """metrics.jsonl, each line written at the time of its step."""
+    usual = [{"time": float(record["step"])} | record for record in records]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in usual))
+
+
+def figures(folder: Path) -> list[tuple[int, str, float]]:
+    return [
+        (record["step"], name, value)
+        for record in read_records(folder)
+        for name, value in record.items()
+        if name.startswith(("val/", "train/"))
+    ]
+
+
+def test_evaluations_join_the_records_of_training_by_step(tmp_path: Path) -> None:
+    trained(tmp_path, *({"step": step, "train/loss": 1.0} for step in (1, 2, 3)))
+    beside(tmp_path, {"step": 1, "val/a": 0.1}, {"step": 3, "val/a": 0.3})
+    expected = [(1, "train/loss", 1.0), (1, "val/a", 0.1), (2, "train/loss", 1.0)]
+    assert figures(tmp_path) == [*expected, (3, "train/loss", 1.0), (3, "val/a", 0.3)]
+
+
+def test_either_file_may_be_missing(tmp_path: Path) -> None:
+    assert read_records(tmp_path) == []
+    beside(tmp_path, {"step": 1, "val/a": 0.1})
+    assert figures(tmp_path) == [(1, "val/a", 0.1)]
+    (tmp_path / "evaluations.jsonl").unlink()
+    trained(tmp_path, {"step": 1, "train/loss": 1.0})
+    assert figures(tmp_path) == [(1, "train/loss", 1.0)]
+
+
+def test_a_figure_that_the_trainer_has_measured_itself_counts_and_the_others_stay(tmp_path: Path) -> None:
+    trained(tmp_path, {"step": 2, "val/a": 0.5})
+    beside(tmp_path, {"step": 2, "val/a": 0.4, "val/b": 0.6}, {"step": 2, "val/a": 0.3})
+    assert figures(tmp_path) == [(2, "val/a", 0.5), (2, "val/b", 0.6)]
+
+
+def test_of_two_checkpoints_of_a_step_the_figures_of_the_later_one_count(tmp_path: Path) -> None:
+    later, earlier = {"step": 2, "val/a": 0.2, "saved_at": 9.0}, {"step": 2, "val/a": 0.1, "saved_at": 5.0}
+    for order in ((later, earlier), (earlier, later)):
+        beside(tmp_path, *order)
+        assert figures(tmp_path) == [(2, "val/a", 0.2)]
+
+
+def test_measured_twice_the_second_time_counts(tmp_path: Path) -> None:
+    beside(tmp_path, {"step": 2, "val/a": 0.1}, {"step": 2, "val/a": 0.2})
+    assert figures(tmp_path) == [(2, "val/a", 0.2)]
+
+
+def test_figures_of_a_future_that_the_trainer_went_back_behind_are_left_out(tmp_path: Path) -> None:
+    beside(tmp_path, *({"step": step, "val/a": step / 10, "saved_at": 100.0 + step} for step in (2, 4, 6)))
+    trained(tmp_path, {"step": 1, "time": 101.0}, {"step": 2, "time": 102.0}, {"step": 3, "time": 200.0})
+    assert figures(tmp_path) == [(2, "val/a", 0.2)]
+
+
+def test_a_trainer_that_goes_on_behind_its_checkpoint_leaves_its_figures_alone(tmp_path: Path) -> None:
+    beside(tmp_path, {"step": 2, "val/a": 0.2, "saved_at": 102.5})
+    trained(tmp_path, {"step": 1, "time": 101.0}, {"step": 2, "time": 102.0}, {"step": 3, "time": 102.4})
+    assert figures(tmp_path) == [(2, "val/a", 0.2)]

@@ -65,6 +65,20 @@ def test_what_was_uploaded_comes_back_byte_by_byte_and_verified(url: str, write_
     assert [path.name for path in (tmp_path / "other").iterdir()] == [NAME]
 
 
+def test_a_few_files_of_a_checkpoint_are_fetched_without_the_rest_and_verified(
+    away: Remote, write_step: Write, tmp_path: Path
+) -> None:
+    folder = write_step(NAME, 7)
+    upload(away, folder)
+    few = {"model.safetensors", "state.json"}
+    fetched = away.fetch(NAME, tmp_path / "other", few)
+    assert content(fetched) == {name: data for name, data in content(folder).items() if name in few | {MANIFEST}}
+    there = tmp_path / "away" / "run" / "checkpoints" / NAME / "model.safetensors"
+    there.write_bytes(bytes(byte ^ 1 for byte in there.read_bytes()))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        away.fetch(NAME, tmp_path / "other", few)
+
+
 def test_an_upload_replaces_what_has_its_name(url: str, write_step: Write, tmp_path: Path) -> None:
     remote = open_remote(url, "run", tmp_path / "run")
     upload(remote, write_step(NAME, 7))

@@ -215,3 +215,53 @@ def test_wandb_works_from_its_thread(tmp_path: Path, caplog: pytest.LogCaptureFi
     trackers.close(60)
     assert "dropped" not in caplog.text
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "writer", "shared"),
+    [
+        (None, "", None),
+        (None, "evaluations", "shared"),
+        ("online", "evaluations", "shared"),
+        ("offline", "evaluations", None),
+        ("disabled", "evaluations", None),
+    ],
+)
+def test_a_second_writer_joins_the_trainers_wandb_run_and_does_not_end_it(
+    mode: str | None, writer: str, shared: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What `wandb.init` is called with; nobody answers here."""
+    import wandb
+
+    seen: dict[str, Any] = {}
+    monkeypatch.delenv("WANDB_MODE")
+    if mode is not None:
+        monkeypatch.setenv("WANDB_MODE", mode)
+    monkeypatch.setattr(wandb, "init", lambda **given: seen.update(given) or Recorder())
+    sinks.WandbSink(SinkSettings(tmp_path, "run", wandb_run_id="abcd1234", writer=writer))
+    settings = seen["settings"].model_dump(exclude_unset=True)
+    assert seen["id"] == "abcd1234" and seen["resume"] == "allow"
+    beside = {"x_primary": False, "x_update_finish_state": False, "x_label": "evaluations"} if writer else {}
+    assert {name: value for name, value in settings.items() if name.startswith("x_")} == beside
+    assert settings.get("mode") == shared
+    assert seen["dir"] == str(tmp_path / writer)
+
+
+class Recorder:
+    """A W&B run that takes everything."""
+
+    def define_metric(self, name: str, step_metric: str) -> None: ...
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_second_writer_leaves_the_trainers_event_files_alone(tmp_path: Path) -> None:
+    settings = SinkSettings(tmp_path, "run", {"lr": 1})
+    trainer = build_trackers(("tensorboard",), settings)
+    beside = build_trackers(("tensorboard",), SinkSettings(tmp_path, "run", writer="evaluations"))
+    for step in (1, 2, 3):
+        trainer.write(record(step, loss=step))
+        beside.write(record(step, top1=step / 10))
+    for trackers in (trainer, beside):
+        trackers.close(30)
+    assert scalars(tmp_path / "tensorboard", "loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert scalars(tmp_path / "tensorboard" / "evaluations", "top1") == [(1, 0.1), (2, 0.2), (3, 0.3)]

@@ -171,8 +171,8 @@ def _check_same_folders(labelled: LabelledSet, splits: tuple[str, ...]) -> None:
     for first, second in itertools.combinations(folders, 2):
         if differing := sorted(folders[first] ^ folders[second]):
             raise DataConfigError(
-                f"{labelled.spec.where}: the folders of {first} and {second} are not the same classes; {differing[0]!r} "
-                "is in only one of them"
+                f"{labelled.spec.where}: the folders of {first} and {second} are not the same classes; "
+                f"{differing[0]!r} is in only one of them"
             )
 
 

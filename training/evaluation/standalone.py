@@ -78,12 +78,25 @@ def open_candidate(
     with world.collectively(f"--checkpoint {checkpoint}"):
         clip = load_model(checkpoint, model, world, averaged)
         origin = models.read_provenance(newest_of(checkpoint))
-    reader = open_tokenizer(models.config_with(clip.config, tokenizer=tokenizer), origin, world)
-    evaluator = Evaluator(
+    return clip, open_evaluator(clip.config, origin, exam, world, tokenizer, should_stop, tasks)
+
+
+def open_evaluator(
+    config: models.ModelConfig,
+    origin: models.Provenance | None,
+    exam: Exam,
+    world: World,
+    tokenizer: str | None = None,
+    should_stop: ShouldStop | None = None,
+    tasks: dict[str, Task] | None = None,
+) -> Evaluator:
+    """What measures models of `config` with weights from `origin`. Collective; as `open_candidate`, without a model."""
+    reader = open_tokenizer(models.config_with(config, tokenizer=tokenizer), origin, world)
+    return Evaluator(
         exam.sets,
         exam.data,
         reader,
-        models.InferenceTransform(clip.config.preprocess),
+        models.InferenceTransform(config.preprocess),
         world,
         batch_size=exam.batch_size,
         workers=exam.data.workers,
@@ -91,7 +104,6 @@ def open_candidate(
         should_stop=should_stop,
         tasks=tasks,
     )
-    return clip, evaluator
 
 
 def evaluate_checkpoint(

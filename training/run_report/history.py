@@ -15,7 +15,7 @@ import yaml
 
 from training.console import LOG_FILE
 from training.errors import ConfigError
-from training.metrics import FILE_NAME, read_metrics
+from training.metrics import FILE_NAME, read_records
 from training.plots import Run, curves_of
 from training.secrets import mask_secrets, mask_text
 
@@ -90,7 +90,7 @@ class History:
 
     def _usual_pause_s(self) -> float:
         """The longest of the last pauses between records."""
-        times = [record["time"] for record in self.records[-20:]]
+        times = [record["time"] for record in self.training[-20:]]
         return max((later - earlier for earlier, later in itertools.pairwise(times)), default=0.0)
 
 
@@ -109,16 +109,12 @@ def read_history(folder: Path) -> History:
     path = folder / FILE_NAME
     if not path.is_file():
         raise ConfigError(f"{folder} is not a run folder: it has no {FILE_NAME}")
-    records = tuple(_read_records(folder))
+    records = tuple(read_records(folder))
     if not records:
         raise ConfigError(f"{path} holds no metrics yet")
     log = folder / LOG_FILE
     signs = [file.stat().st_mtime for file in (path, log) if file.is_file()]
     return History(folder.resolve().name, folder, records, _read_settings(folder), _read_end(log), max(signs))
-
-
-def _read_records(folder: Path) -> Iterable[dict[str, Any]]:
-    return read_metrics(folder / FILE_NAME)
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class Template:
 
 def template_names(folder: Path) -> list[str]:
     """The names that `read_template` takes, for help and errors."""
-    return sorted(path.stem for path in folder.glob("*.sbatch"))
+    return sorted(path.stem for path in folder.glob("*.sbatch") if PROGRAM in path.read_text(errors="replace"))
 
 
 def read_template(name: str, folder: Path) -> Template:

@@ -74,6 +74,10 @@ finish $?
     )
 
 
+def test_files_that_start_another_program_are_no_templates() -> None:
+    assert "chained" in template_names(ROOT / "slurm") and "watch_evaluate" not in template_names(ROOT / "slurm")
+
+
 @pytest.mark.parametrize("name", template_names(ROOT / "slurm"))
 def test_each_template_of_ours_becomes_a_script_that_bash_reads(name: str, tmp_path: Path) -> None:
     template = read_template(name, ROOT / "slurm")
