@@ -89,8 +89,8 @@ class History:
         return RUNNING if silent_s < max(_SILENT_S, _SILENT_PAUSES * self._usual_pause_s()) else STOPPED
 
     def _usual_pause_s(self) -> float:
-        """The longest of the last pauses between records."""
-        times = [record["time"] for record in self.training[-20:]]
+        """The longest of the last pauses between records of training; evaluations beside it have other hours."""
+        times = [record["time"] for record in self.records if "train/loss" in record][-20:]
         return max((later - earlier for earlier, later in itertools.pairwise(times)), default=0.0)
 
 
