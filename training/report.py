@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from training.console import Console
@@ -50,13 +51,21 @@ class Reporter:
         self._start_window()
         return True
 
+    @contextmanager
+    def pause(self, done: int) -> Iterator[None]:
+        """Inside, after `done` steps: an evaluation, whose time counts neither for a step nor for its data."""
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        self._since += seconds
+        self._console.paused(done, seconds)
+
     def evaluation(self, done: int, values: Mapping[str, float]) -> None:
-        """Write the figures of an evaluation; its time does not count as training time."""
+        """Write the figures of an evaluation."""
         if values:
             self._record(done, dict(values))
             shown = {name: value for name, value in values.items() if name.endswith(_SHOWN)}
             self._console.line("  " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
-        self._start_window()
 
     def event(self, done: int, text: str, values: Mapping[str, Any]) -> None:
         """One warning and one record of something out of the ordinary. Collective."""

@@ -15,6 +15,7 @@ from training.config import DataConfig, EvalConfig
 from training.distributed import World
 from training.errors import ConfigError, DataConfigError, DataError
 from training.evaluation.classifier import build_classifier
+from training.evaluation.classifier_cache import ClassifierCache
 from training.evaluation.features import Tokenize
 from training.evaluation.feed import ShouldStop, Stopped
 from training.evaluation.retrieval import retrieval
@@ -49,27 +50,23 @@ class Evaluator:
         self._tokenizer, self._preprocess = tokenizer, preprocess
         self._world, self._batch_size, self._workers = world, batch_size, workers
         self._should_stop, self._precision = should_stop, precision
+        self._classifiers = ClassifierCache()
         self._labelled = world.on_main(lambda: _open_sets(config), "evaluation sets")
         if data.val_data:
             world.on_main(self._probe_pairs, "--val-data")
 
-    def due(self, epoch: int, is_last: bool) -> list[str]:
-        """Names of the sets to be evaluated after `epoch` epochs."""
-        names = list(self._labelled) if _is_due(self._config.zeroshot_frequency, epoch, is_last) else []
-        if self._data.val_data and _is_due(self._config.val_frequency, epoch, is_last):
-            names.append(PAIRS)
-        return names
-
-    def evaluate(self, model: nn.Module, *, epoch: int, is_last: bool) -> dict[str, float] | None:
-        """The figures of the due sets, by their names in `metrics.jsonl`; the same on every rank. Collective.
-
-        None when a rank was asked to stop meanwhile. A set that can no longer be read is reported and left out:
-        its storage must not cost the training. Raises DataConfigError for labels or counts that do not fit.
-        """
-        return self.evaluate_sets(model, self.due(epoch, is_last))
+    def labels(self, zeroshot: bool = True, val: bool = True) -> list[str]:
+        """Names of the sets that can be measured: those with labels or captions, and --val-data."""
+        names = list(self._labelled) if zeroshot else []
+        return [*names, PAIRS] if val and self._data.val_data else names
 
     def evaluate_sets(self, model: nn.Module, names: list[str], strict: bool = False) -> dict[str, float] | None:
-        """As `evaluate`, for sets by name; with `strict`, a set that cannot be read raises DataError."""
+        """The figures of sets by their names in `metrics.jsonl`; the same on every rank. Collective.
+
+        None when a rank was asked to stop meanwhile. A set that can no longer be read is reported and left out, for
+        its storage must not cost the training; with `strict` it raises DataError. Raises DataConfigError for labels
+        or counts that do not fit.
+        """
         with self._world.patient:
             return self._evaluate_sets(model, names, strict)
 
@@ -91,9 +88,14 @@ class Evaluator:
 
     def _zeroshot(self, model: nn.Module, labelled: LabelledSet) -> dict[str, float]:
         world = self._world
-        classifier = build_classifier(
-            *(model, self._tokenizer, labelled.classnames, labelled.templates, self._precision, world),
-            self._should_stop,
+        classifier = self._classifiers.get(
+            model,
+            (labelled.classnames, labelled.templates),
+            lambda: build_classifier(
+                *(model, self._tokenizer, labelled.classnames, labelled.templates, self._precision, world),
+                self._should_stop,
+            ),
+            world,
         )
         batches = labelled.read(world.rank, world.size, self._preprocess, self._batch_size, self._workers)
         found = zeroshot(
@@ -150,10 +152,6 @@ class Evaluator:
             raise DataConfigError(f"--val-data {self._data.val_data}: {error}") from error
         if first is None:
             raise DataConfigError(f"--val-data {self._data.val_data}: the set is empty: no pair was found in it")
-
-
-def _is_due(frequency: int, epoch: int, is_last: bool) -> bool:
-    return frequency > 0 and (is_last or epoch % frequency == 0)
 
 
 def _open_sets(config: EvalConfig) -> dict[str, LabelledSet]:
