@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     from data.cursors import LaneCursor
     from data.device import DeviceTransform
     from data.errors import DataConfigError, DataError, ShardError, StorageError, TarError
-    from data.eval_reader import EvalBatch, class_names_of, read_labelled, read_pairs, templates_of
+    from data.eval_reader import (
+        EvalBatch,
+        class_folders_of,
+        class_names_of,
+        read_labelled,
+        read_lines,
+        read_pairs,
+        templates_of,
+    )
     from data.files import read_file, write_file
     from data.folder_source import folder_shards
     from data.loader import TrainLoader, build_train_loader, run_preflight
@@ -45,7 +53,15 @@ _HOMES = {
     "cursors": ("LaneCursor",),
     "device": ("DeviceTransform",),
     "errors": ("DataConfigError", "DataError", "ShardError", "StorageError", "TarError"),
-    "eval_reader": ("EvalBatch", "class_names_of", "read_labelled", "read_pairs", "templates_of"),
+    "eval_reader": (
+        "EvalBatch",
+        "class_folders_of",
+        "class_names_of",
+        "read_labelled",
+        "read_lines",
+        "read_pairs",
+        "templates_of",
+    ),
     "files": ("read_file", "write_file"),
     "folder_source": ("folder_shards",),
     "loader": ("TrainLoader", "build_train_loader", "run_preflight"),
@@ -96,6 +112,7 @@ __all__ = [
     "build_index",
     "build_train_loader",
     "check_storage",
+    "class_folders_of",
     "class_names_of",
     "count_samples",
     "dataset_type_of",
@@ -114,6 +131,7 @@ __all__ = [
     "probe",
     "read_file",
     "read_labelled",
+    "read_lines",
     "read_pairs",
     "read_samples",
     "run_preflight",

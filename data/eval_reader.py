@@ -2,8 +2,8 @@
 
 Rank r of w reads the samples whose number leaves r when divided by w. Formats: tars as CLIP_benchmark lays
 them out (`test/nshards.txt`, `test/0.tar`..., `classnames.txt`, `zeroshot_classification_templates.txt`), a
-folder or list of tars, an image folder with one folder a class, lists and folders of pairs. A picture that cannot be
-decoded is an error here: a score over fewer samples is another score.
+folder or list of tars, an image folder with one folder a class (below `test/` or not), a CSV of pictures and labels,
+lists and folders of pairs. A picture that cannot be decoded is an error here: a score over fewer samples is another.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ Tokenize = Callable[[list[str]], torch.Tensor]
 
 _CLASS_NAMES = "classnames.txt"
 _TEMPLATES = "zeroshot_classification_templates.txt"
+_SPLIT_FOLDERS = {"test": ("test", "val", "validation"), "train": ("train",)}
+_LABELS = "label"
+_LISTS = (".csv", ".tsv")
+_HUB = "https://huggingface.co/datasets/"
 _MAX_PIXELS = 1 << 30
 
 
@@ -72,7 +76,7 @@ def read_pairs(
     caption_key: str = "txt",
     csv_fields: CsvFields | None = None,
 ) -> Iterator[EvalBatch]:
-    """This rank's batches of an image-caption set: any form of `--train-data`.
+    """This rank's batches of an image-caption set: any form of `--train-data`, or a folder in CLIP_benchmark's layout.
 
     `workers` threads decode and transform. Raises DataConfigError when the set is not there, DataError naming
     the sample when a picture or caption is missing or broken.
@@ -93,9 +97,10 @@ def read_labelled(
     workers: int = 4,
     split: str = "test",
 ) -> Iterator[EvalBatch]:
-    """This rank's batches of an image-label set: CLIP_benchmark's layout, tars with `.cls`, or an image folder.
+    """This rank's batches of an image-label set: CLIP_benchmark's layout, tars with `.cls`, an image folder, or a list.
 
-    In an image folder a class's label is the place of its folder in sorted order. Raises as `read_pairs`.
+    In an image folder a class's label is the place of its folder in sorted order, or the folder's number where all
+    are numbers. A CSV has the columns `filepath` and `label`, a number or a class name. Raises as `read_pairs`.
     """
     for batch, labels in _batches(_labelled(url, split), rank, world_size, transform, batch_size, workers):
         batch.labels = torch.tensor([int(label) for label in labels], dtype=torch.int64)
@@ -103,14 +108,36 @@ def read_labelled(
 
 
 def class_names_of(url: str) -> list[str] | None:
-    """Names of the classes in label order: `classnames.txt`, else the folders of an image folder, else None."""
-    names = _read_lines(url, _CLASS_NAMES)
-    return names if names is not None else (_class_folders(url) or None)
+    """Names of the classes in label order: `classnames.txt`, else the folders of an image folder, else None.
+
+    Of a CSV: that file beside it, else its labels in alphabetical order, unless they are numbers.
+    """
+    if (names := _read_lines(_folder_of(url), _CLASS_NAMES)) is not None:
+        return names
+    if url.endswith(_LISTS):
+        labels = {raw.fields["txt"].decode() for raw in _rows(url)}
+        return None if all(_is_number(label) for label in labels) else sorted(labels)
+    return _class_folders(_image_root(url, "test")) or None
 
 
 def templates_of(url: str) -> list[str] | None:
     """Prompt templates with `{c}` for the class, from `zeroshot_classification_templates.txt`; None without it."""
-    return _read_lines(url, _TEMPLATES)
+    return _read_lines(_folder_of(url), _TEMPLATES)
+
+
+def read_lines(url: str) -> list[str]:
+    """The lines of a small text file that hold something. DataConfigError when it cannot be read."""
+    folder, _, name = url.rpartition("/")
+    lines = _read_lines(folder or ("/" if url.startswith("/") else "."), name)
+    if lines is None:
+        raise DataConfigError(f"{mask_url(url)}: there is no such file")
+    return lines
+
+
+def class_folders_of(url: str, split: str = "test") -> list[str]:
+    """The folders of an image folder that are its classes, in label order; none for other kinds of sets."""
+    is_sharded = _read_lines(url, f"{split}/nshards.txt") is not None if is_local(url) else True
+    return [] if is_sharded or url.endswith(_LISTS) else _class_folders(_image_root(url, split))
 
 
 def _batches(
@@ -150,6 +177,8 @@ def _load(item: _Item, transform: Transform) -> torch.Tensor:
 
 
 def _pairs(url: str | Source, caption_key: str, csv_fields: CsvFields) -> Iterator[_Item]:
+    if isinstance(url, str) and _is_folder(url) and (numbered := _numbered_shards(url, "test")):
+        return _items(_read_shards(numbered), lambda raw: caption_of(raw, caption_key))
     sources = (url,) if isinstance(url, Source) else expand_sources(url)
     shards = [shard for source in sources for shard in source.urls]
     kind = dataset_type_of("::".join(shards[:1]))
@@ -174,11 +203,36 @@ def _read_cut(cut: tuple[Source, ...], reader: ShardReader) -> Iterator[RawSampl
 
 
 def _labelled(url: str, split: str) -> Iterator[_Item]:
+    if url.endswith(_LISTS):
+        names = class_names_of(url) or []
+        return _items(_rows(url), lambda raw: _label_in_list(raw, names))
     if not is_pipe(url) and not url.endswith(".tar"):
-        if folders := _class_folders(url):
-            return _image_folder(local_path(url), folders)
+        root = _image_root(url, split)
+        if folders := _class_folders(root):
+            return _image_folder(local_path(root), folders)
         return _items(_read_shards(_shards_of(url, split)), _label_of)
     return _items(_read_shards(expand_sources(url)[0].urls), _label_of)
+
+
+def _rows(url: str) -> Iterator[RawSample]:
+    """The rows of a labelled list: the label is where the caption is in other lists."""
+    header = read_file(url).partition(b"\n")[0]
+    config = CsvConfig("\t" if b"\t" in header else ",", csv_caption_key=_LABELS)
+    cut, _ = table_shards(expand_sources(url), config)
+    return _read_cut(cut, TableReader(config))
+
+
+def _label_in_list(raw: RawSample, names: list[str]) -> int:
+    label = raw.fields["txt"].decode().strip()
+    if _is_number(label):
+        return int(label)
+    if label not in names:
+        raise SampleError("bad_label", f"{label[:40]!r} is neither a number nor one of the {len(names)} class names")
+    return names.index(label)
+
+
+def _is_number(label: str) -> bool:
+    return label.strip().isdecimal()
 
 
 def _items(samples: Iterable[RawSample], target_of: Callable[[RawSample], int | str]) -> Iterator[_Item]:
@@ -211,9 +265,8 @@ def _read_shards(urls: Iterable[str]) -> Iterator[RawSample]:
 
 def _shards_of(root: str, split: str) -> list[str]:
     """CLIP_benchmark's numbered tars, else the tars of a local folder or of its `split` folder."""
-    count = _read_lines(root, f"{split}/nshards.txt")
-    if count:
-        return [_join(root, f"{split}/{number}.tar") for number in range(int(count[0]))]
+    if numbered := _numbered_shards(root, split):
+        return numbered
     if is_local(root):
         for folder in (root, _join(root, split)):
             if os.path.isdir(local_path(folder)) and any(
@@ -226,13 +279,49 @@ def _shards_of(root: str, split: str) -> list[str]:
     )
 
 
+def _numbered_shards(root: str, split: str) -> list[str]:
+    """The tars that `nshards.txt` says are there; none without that file."""
+    count = _read_lines(root, f"{split}/nshards.txt")
+    if not count:
+        return []
+    if not _is_number(count[0]) or int(count[0]) < 1:
+        raise DataConfigError(f"{mask_url(root)}/{split}/nshards.txt: {count[0][:40]!r} is no number of shards")
+    return [_join(root, f"{split}/{number}.tar") for number in range(int(count[0]))]
+
+
+def _is_folder(url: str) -> bool:
+    """Whether a URL may be a set's folder: one without a pattern, a command, or the extension of a file."""
+    plain = not is_pipe(url) and not any(mark in url for mark in "{*[?") and "::" not in url
+    return plain and (os.path.isdir(local_path(url)) if is_local(url) else "." not in url.rpartition("/")[2])
+
+
+def _folder_of(url: str) -> str:
+    """Where the text files of a set are."""
+    return (url.rpartition("/")[0] or ".") if url.endswith(_LISTS) else url
+
+
+def _image_root(root: str, split: str) -> str:
+    """The folder whose folders are classes: `root`, or that of a split below it."""
+    for name in _SPLIT_FOLDERS.get(split, (split,)) if is_local(root) else ():
+        folder = os.path.join(local_path(root), name)
+        if os.path.isdir(folder) and not _pictures_in(folder) and _class_folders(folder):
+            return folder
+    return root
+
+
 def _class_folders(root: str) -> list[str]:
-    """Sorted names of the folders that hold pictures; none for remote roots."""
+    """Names of the folders that hold pictures, sorted, numbers as numbers; none for remote roots."""
     path = local_path(root)
     if not is_local(root) or not os.path.isdir(path):
         return []
     folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+    if all(map(_is_number, folders)):
+        folders.sort(key=int)
     return folders if any(_pictures_below(os.path.join(path, folder)) for folder in folders[:1]) else []
+
+
+def _pictures_in(folder: str) -> bool:
+    return any(entry.name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS for entry in os.scandir(folder))
 
 
 def _image_folder(root: str, folders: list[str]) -> Iterator[_Item]:
@@ -251,6 +340,8 @@ def _pictures_below(folder: str) -> list[str]:
 
 
 def _join(root: str, name: str) -> str:
+    if root.startswith(_HUB):  # the address of a page there, as CLIP_benchmark takes it, is not that of the files
+        root = root.replace("/tree/", "/resolve/", 1)
     return f"{root.rstrip('/')}/{name}"
 
 

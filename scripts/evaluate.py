@@ -59,6 +59,11 @@ def add_set_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--zeroshot-data", nargs="+", default=[], metavar="NAME=FOLDER", help="sets in CLIP_benchmark's layout")
     add("--imagenet-val", help="ImageNet's validation set: one folder per WordNet id")
+    add("--imagenet-v2", help="ImageNet-V2: one folder per number of a class")
+    add("--retrieval-data", nargs="+", default=[], metavar="NAME=FOLDER", help="images with captions")
+    add("--linear-probe-data", nargs="+", default=[], metavar="NAME=FOLDER", help="sets with train/ and test/ splits")
+    add("--eval-suite", nargs="+", default=[], metavar="SUITE", help="names in configs/eval, or YAML files")
+    add("--eval-root", help="where a suite's sets are, with {name} for a set's name")
     add("--val-data", help="image-text pairs for retrieval: shards, a list or a folder")
     add("--val-num-samples", type=int, help="number of pairs in --val-data; another count found is an error")
     add("--caption-key", default="txt", help="txt, or json:FIELD")
@@ -72,8 +77,16 @@ def add_set_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def eval_config(args: argparse.Namespace) -> EvalConfig:
-    """The labelled sets of `add_set_flags`."""
-    return EvalConfig(imagenet_val=args.imagenet_val, zeroshot_data=tuple(args.zeroshot_data))
+    """The sets of `add_set_flags` but `--val-data`."""
+    return EvalConfig(
+        imagenet_val=args.imagenet_val,
+        imagenet_v2=args.imagenet_v2,
+        zeroshot_data=tuple(args.zeroshot_data),
+        retrieval_data=tuple(args.retrieval_data),
+        linear_probe_data=tuple(args.linear_probe_data),
+        eval_suite=tuple(args.eval_suite),
+        eval_root=args.eval_root,
+    )
 
 
 def data_config(args: argparse.Namespace) -> DataConfig:

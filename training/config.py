@@ -302,6 +302,16 @@ class EvalConfig:
         (),
         "name=folder or URL in CLIP_benchmark's layout: shards, classnames.txt, zeroshot_classification_templates.txt",
     )
+    imagenet_v2: str | None = option(None, "ImageNet-V2: one folder per number of a class")
+    retrieval_data: tuple[str, ...] = option(
+        (),
+        "name=folder, URL or list of images with captions, several to an image by lines: CLIP_benchmark's layout too",
+    )
+    linear_probe_data: tuple[str, ...] = option(
+        (), "name=folder or URL, as --zeroshot-data, with a train/ split on which a linear classifier is fitted"
+    )
+    eval_suite: tuple[str, ...] = option((), "lists of sets: names in configs/eval, or YAML files")
+    eval_root: str | None = option(None, "where the sets of --eval-suite are, with {name} for a set's name")
     zeroshot_frequency: int = option(2, "epochs between zero-shot evaluations; the last epoch always; 0 is never")
     val_frequency: int = option(1, "epochs between passes over --val-data; the last epoch always; 0 is never")
     zeroshot_every_n_steps: int | None = option(None, "zero-shot evaluations between the ends of epochs too, by steps")

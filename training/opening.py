@@ -78,12 +78,13 @@ def evaluate_learner(evaluator: Evaluator, learner: Learner, labels: list[str]) 
 
 def evaluation_missing(facts: Facts, evaluator: Evaluator) -> bool:
     """True when an evaluation was due where the run begins, and was cut off or is the first of all."""
-    if not due_sets(facts, evaluator, facts.progress.step):
+    loaded, progress = facts.loaded, facts.progress
+    if loaded is not None and progress.step == 0:
+        return False  # A larger global batch has made no step of the samples seen: the first evaluation was before.
+    if not due_sets(facts, evaluator, progress.step):
         return False
-    if facts.loaded is None:
-        return True
-    # By samples: another global batch numbers the steps anew, and may make the checkpoint's step the run's step 0.
-    return not facts.world.on_main(lambda: _was_evaluated(facts.folder, facts.progress.samples_seen))
+    # By samples: another global batch numbers the steps anew.
+    return loaded is None or not facts.world.on_main(lambda: _was_evaluated(facts.folder, progress.samples_seen))
 
 
 def _was_evaluated(folder: RunFolder, samples_seen: int) -> bool:

@@ -153,8 +153,7 @@ class _Tasting:
         if tuple(members) not in self._known:
             with self._world.collectively("average"):
                 Average(self._config, members).load_into(self._model)
-            due = self._evaluator.labels()
-            figures = self._evaluator.evaluate_sets(self._model, due, strict=True)
+            figures = self._evaluator.evaluate_sets(self._model, list(self._evaluator.tasks), strict=True)
             assert figures is not None, "nobody can ask for a stop here"
             self._known[tuple(members)] = figures
             log.info("%s %.4f: %s", self.metric, figures[self.metric], ", ".join(each.source for each in members))

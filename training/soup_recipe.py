@@ -9,13 +9,10 @@ from typing import Any
 
 from training.config import DataConfig, EvalConfig
 from training.errors import ConfigError
-from training.evaluation.retrieval import RECALLS
-from training.evaluation.sets import IMAGENET_METRIC, split_name
+from training.evaluation.specs import specs_of
 
 # Figures that are better when they are smaller end so.
 _LOWER_IS_BETTER = ("loss", "_rank")
-_ZEROSHOT_FIGURES = ("top1", "top5", "mean_per_class_recall")
-_RETRIEVAL_FIGURES = (*(f"R@{k}" for k in RECALLS), "mean_rank", "median_rank")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,19 +44,13 @@ class Exam:
     @property
     def metrics(self) -> list[str]:
         """Names of the figures that a choice can go by, the usual one first; none without sets."""
-        stems = [IMAGENET_METRIC] if self.sets.imagenet_val else []
-        stems += [f"{split_name(spec, '--zeroshot-data')[0]}-zeroshot" for spec in self.sets.zeroshot_data]
-        names = [f"val/{stem}-{figure}" for stem in stems for figure in _ZEROSHOT_FIGURES]
-        if self.data.val_data:
-            ways = ("image_to_text", "text_to_image")
-            names += [f"val/{way}_{figure}" for way in ways for figure in _RETRIEVAL_FIGURES]
-            names.append("val/clip_val_loss")
-        return names
+        return [figure for spec in specs_of(self.sets, self.data).values() for figure in spec.figures]
 
     def described(self) -> dict[str, Any]:
         """The sets, for soup.json."""
         sets, data = self.sets, self.data
-        given = {"imagenet_val": sets.imagenet_val, "zeroshot_data": sets.zeroshot_data, "val_data": data.val_data}
+        names = ("imagenet_val", "imagenet_v2", "zeroshot_data", "retrieval_data", "linear_probe_data", "eval_suite")
+        given = {name: getattr(sets, name) for name in (*names, "eval_root")} | {"val_data": data.val_data}
         return {name: value for name, value in given.items() if value}
 
 
@@ -77,7 +68,7 @@ def check_recipe(recipe: SoupRecipe, metrics: list[str]) -> None:
         raise ConfigError("--alpha needs --base: the model at 0")
     if not metrics and (recipe.greedy or recipe.metric or len(recipe.alphas) > 1):
         raise ConfigError(
-            "--greedy, --metric and several --alpha need sets to score on: --zeroshot-data, --imagenet-val, --val-data"
+            "--greedy, --metric and several --alpha need sets to score on: --zeroshot-data, --eval-suite, --val-data"
         )
     if recipe.metric and recipe.metric not in metrics:
         raise ConfigError(f"--metric {recipe.metric}: the sets given have {', '.join(metrics)}")

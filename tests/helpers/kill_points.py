@@ -174,7 +174,7 @@ def _watch_functions(blow: Blow) -> None:
     import training.facts
     import training.run
     from training import checkpoint, checkpoint_files
-    from training.evaluation import evaluator
+    from training.evaluation import evaluator, tasks
     from training.feed import Feed
     from training.remote import Remote
     from training.step import TrainStep
@@ -198,9 +198,8 @@ def _watch_functions(blow: Blow) -> None:
     after(training.facts, "load_start", "load")
     after(TrainStep, "__call__", "step")
     after(Feed, "next", "batch")
-    before(evaluator.Evaluator, "_zeroshot", "evaluation")
-    before(evaluator.Evaluator, "_pairs", "evaluation")
-    after(evaluator, "build_classifier", "classifier")
+    before(evaluator.Evaluator, "measure", "evaluation")
+    after(tasks, "build_classifier", "classifier")
     before(training.distributed, "call_roll", "gathering of ranks")
     before(training.run, "build_learner", "model")
     before(data, "run_preflight", "preflight")

@@ -57,7 +57,7 @@ def test_a_weights_file_needs_its_model_and_gives_the_same_figures(checkpoint: P
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--checkpoint", "{folder}"), "nothing to evaluate: give --zeroshot-data, --imagenet-val or --val-data"),
+        (("--checkpoint", "{folder}"), "nothing to evaluate: give --zeroshot-data, --imagenet-val,"),
         (("--checkpoint", "{alone}", "--val-data", "x.tar"), "--model is needed"),
         (("--checkpoint", "{folder}", "--val-data", "nowhere.tar"), "nowhere.tar"),
         (("--checkpoint", "{folder}", "--zeroshot-data", "a=nowhere"), "there is no folder nowhere"),

@@ -1,37 +1,31 @@
-"""What a run measures and when: opens its sets at the start, evaluates the due ones, names the figures."""
+"""What a run measures: opens its sets at the start, evaluates those that it is told to, names the figures."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import time
 
-import torch
-from PIL import Image
 from torch import nn
 
-from data import EvalBatch, read_pairs
 from models import InferenceTransform
 from training.config import DataConfig, EvalConfig
 from training.distributed import World
-from training.errors import ConfigError, DataConfigError, DataError
-from training.evaluation.classifier import build_classifier
-from training.evaluation.classifier_cache import ClassifierCache
+from training.errors import DataConfigError, DataError
 from training.evaluation.features import Tokenize
 from training.evaluation.feed import ShouldStop, Stopped
-from training.evaluation.retrieval import retrieval
-from training.evaluation.sets import LabelledSet, open_imagenet, open_labelled_set
-from training.evaluation.zeroshot import zeroshot
+from training.evaluation.figures import Figure, values_of
+from training.evaluation.specs import PAIRS, specs_of
+from training.evaluation.tasks import Bench, Task, ZeroshotTask, open_task
 
 log = logging.getLogger(__name__)
-
-PAIRS = "val"
 
 
 class Evaluator:
     """The evaluation of a run.
 
     Construction is collective and reads the first samples of every set: raises ConfigError or DataConfigError
-    for one that cannot be evaluated, saying what would be right.
+    for one that cannot be evaluated, saying what would be right. `tasks`, if given, are those that
+    `open_tasks` opened already.
     """
 
     def __init__(
@@ -45,122 +39,70 @@ class Evaluator:
         workers: int = 4,
         should_stop: ShouldStop | None = None,
         precision: str = "amp_bfloat16",
+        tasks: dict[str, Task] | None = None,
     ):
-        self._config, self._data = config, data
-        self._tokenizer, self._preprocess = tokenizer, preprocess
-        self._world, self._batch_size, self._workers = world, batch_size, workers
-        self._should_stop, self._precision = should_stop, precision
-        self._classifiers = ClassifierCache()
-        self._labelled = world.on_main(lambda: _open_sets(config), "evaluation sets")
-        if data.val_data:
-            world.on_main(self._probe_pairs, "--val-data")
+        self._world = world
+        self._bench = Bench(tokenizer, preprocess, world, batch_size, workers, should_stop, precision)
+        self._tasks = open_tasks(config, data, world) if tasks is None else tasks
+
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """What can be measured, by the labels of the sets."""
+        return dict(self._tasks)
 
     def labels(self, zeroshot: bool = True, val: bool = True) -> list[str]:
-        """Names of the sets that can be measured: those with labels or captions, and --val-data."""
-        names = list(self._labelled) if zeroshot else []
-        return [*names, PAIRS] if val and self._data.val_data else names
+        """Labels of the sets that can be measured: all but --val-data, and that."""
+        return [label for label in self._tasks if (val if label == PAIRS else zeroshot)]
 
-    def evaluate_sets(self, model: nn.Module, names: list[str], strict: bool = False) -> dict[str, float] | None:
-        """The figures of sets by their names in `metrics.jsonl`; the same on every rank. Collective.
+    def evaluate_sets(self, model: nn.Module, labels: list[str], strict: bool = False) -> dict[str, float] | None:
+        """The figures of sets, by their names in `metrics.jsonl`; the same on every rank. Collective.
 
         None when a rank was asked to stop meanwhile. A set that can no longer be read is reported and left out, for
         its storage must not cost the training; with `strict` it raises DataError. Raises DataConfigError for labels
         or counts that do not fit.
         """
-        with self._world.patient:
-            return self._evaluate_sets(model, names, strict)
-
-    def _evaluate_sets(self, model: nn.Module, names: list[str], strict: bool) -> dict[str, float] | None:
         figures: dict[str, float] = {}
-        for name in names:
-            self._world.pulse.enter(f"evaluate {name}")
+        took: list[str] = []
+        for label in labels:
+            started = time.perf_counter()
             try:
-                figures |= self._pairs(model) if name == PAIRS else self._zeroshot(model, self._labelled[name])
+                figures |= values_of(self.measure(model, label))
             except Stopped:
                 return None
-            except DataConfigError as error:
-                raise DataConfigError(f"{name}: {error}") from error
+            except DataConfigError:
+                raise
             except DataError as error:
                 if strict:
                     raise
-                log.error("%s is left out of this evaluation: %s", name, error)
+                log.error("%s", f"{label} is left out of this evaluation: {error}")
+            took.append(f"{label} {time.perf_counter() - started:.1f} s")
+        if took:
+            log.info("evaluated: %s", ", ".join(took))
         return figures
 
-    def _zeroshot(self, model: nn.Module, labelled: LabelledSet) -> dict[str, float]:
-        world = self._world
-        classifier = self._classifiers.get(
-            model,
-            (labelled.classnames, labelled.templates),
-            lambda: build_classifier(
-                *(model, self._tokenizer, labelled.classnames, labelled.templates, self._precision, world),
-                self._should_stop,
-            ),
-            world,
-        )
-        batches = labelled.read(world.rank, world.size, self._preprocess, self._batch_size, self._workers)
-        found = zeroshot(
-            model,
-            classifier,
-            batches,
-            self._batch_size,
-            self._preprocess.size,
-            self._precision,
-            world,
-            self._should_stop,
-        )
-        log.info(
-            "%s: %.2f %% of %d images right (chance %.2f %%: one of %d classes; %d of them have images)",
-            *(labelled.name, 100 * found["top1"], found["num_samples"], 100 / len(labelled.classnames)),
-            *(len(labelled.classnames), found["num_classes"]),
-        )
-        return {f"val/{labelled.metric}-{key}": found[key] for key in ("top1", "top5", "mean_per_class_recall")}
-
-    def _pairs(self, model: nn.Module) -> dict[str, float]:
-        world = self._world
-        batches = self._read_pairs(world.rank, world.size, self._preprocess, self._batch_size, self._workers)
-        found = retrieval(
-            model,
-            *(self._tokenizer, batches, self._batch_size, self._preprocess.size, self._precision, world),
-            self._should_stop,
-        )
-        expected = self._data.val_num_samples
-        if expected is not None and found["num_samples"] != expected:
-            raise DataConfigError(
-                f"--val-num-samples {expected}, but --val-data has {found['num_samples']:.0f} pairs: correct it, "
-                "or find out which shards are missing"
-            )
-        return {f"val/{key}": value for key, value in found.items()}
-
-    def _read_pairs(
-        self, rank: int, size: int, transform: Callable[[Image.Image], torch.Tensor], batch_size: int, workers: int
-    ) -> Iterator[EvalBatch]:
-        data = self._data
-        assert data.val_data is not None
-        return read_pairs(
-            data.val_data,
-            *(rank, size, transform),
-            batch_size=batch_size,
-            workers=workers,
-            caption_key=data.caption_key[0],
-            csv_fields=data,
-        )
-
-    def _probe_pairs(self) -> None:
+    def measure(self, model: nn.Module, label: str) -> list[Figure]:
+        """The figures of one set, the same on every rank. Collective. Raises DataError, or Stopped when asked to."""
+        self._world.pulse.enter(f"evaluate {label}")
         try:
-            first = next(self._read_pairs(0, 1, self._preprocess, 1, 1), None)
-        except DataError as error:
-            raise DataConfigError(f"--val-data {self._data.val_data}: {error}") from error
-        if first is None:
-            raise DataConfigError(f"--val-data {self._data.val_data}: the set is empty: no pair was found in it")
+            with self._world.patient:
+                return self._tasks[label].measure(model, self._bench)
+        except DataConfigError as error:
+            where = self._tasks[label].spec.where
+            raise error if str(error).startswith(where) else DataConfigError(f"{where}: {error}") from error
 
 
-def _open_sets(config: EvalConfig) -> dict[str, LabelledSet]:
-    sets: dict[str, LabelledSet] = {}
-    if config.imagenet_val:
-        sets["imagenet"] = open_imagenet(config.imagenet_val)
-    for spec in config.zeroshot_data:
-        labelled = open_labelled_set(spec)
-        if labelled.name in (*sets, PAIRS):
-            raise ConfigError(f"--zeroshot-data {spec}: the name {labelled.name!r} is taken; write another name=folder")
-        sets[labelled.name] = labelled
-    return sets
+def open_tasks(config: EvalConfig, data: DataConfig, world: World) -> dict[str, Task]:
+    """All measurements of the settings by label, their first samples read. Collective."""
+    return world.on_main(lambda: _open(config, data), "evaluation sets")
+
+
+def _open(config: EvalConfig, data: DataConfig) -> dict[str, Task]:
+    tasks = {label: open_task(spec, data) for label, spec in specs_of(config, data).items()}
+    for label, task in tasks.items():
+        if isinstance(task, ZeroshotTask) and not task.labelled.has_own_templates:
+            log.info(
+                "%s: no zeroshot_classification_templates.txt, so %d templates of our own: published figures mostly "
+                "use others",
+                *(label, len(task.labelled.templates)),
+            )
+    return tasks

@@ -28,7 +28,8 @@ def count_hits(logits: Tensor, labels: Tensor) -> Tensor:
 def figures_of(counts: Tensor, world: World) -> dict[str, float]:
     """Figures in [0, 1] from every rank's counts [3, C]: top1, top5, mean_per_class_recall. Collective.
 
-    The recall is the mean over the classes that have images. Also `num_samples` and `num_classes`, those with images.
+    The recall is the mean over the classes that have images; `recall_standard_error` is that of the mean, were the
+    classes given and their images drawn. Also `num_samples` and `num_classes`, those with images.
     Raises DataConfigError when no rank has counted an image.
     """
     images, top1, top5 = torch.stack(world.all_gather_object(counts)).sum(dim=0).double()
@@ -36,10 +37,12 @@ def figures_of(counts: Tensor, world: World) -> dict[str, float]:
     if total == 0:
         raise DataConfigError("the set is empty: no image was found in it")
     shown = images > 0
+    recalls = top1[shown] / images[shown]
     return {
         "top1": float(top1.sum() / total),
         "top5": float(top5.sum() / total),
-        "mean_per_class_recall": float((top1[shown] / images[shown]).mean()),
+        "mean_per_class_recall": float(recalls.mean()),
+        "recall_standard_error": float((recalls * (1 - recalls) / images[shown]).sum().sqrt() / len(recalls)),
         "num_samples": float(total),
         "num_classes": float(shown.sum()),
     }

@@ -18,9 +18,9 @@ from training.distributed import World
 from training.errors import DataConfigError
 from training.evaluation.features import Tokenize, encode_images, encode_texts, evaluating, in_shared_blocks
 from training.evaluation.feed import ShouldStop, filled, in_step
+from training.evaluation.specs import RECALLS
 from training.parallel import unwrap
 
-RECALLS = (1, 5, 10)
 # Pairs that compete in one term of the loss. Fixed, so that the loss of a set depends on nothing but the model.
 LOSS_BLOCK = 256
 _TEXTS_A_BLOCK = 256
@@ -46,7 +46,8 @@ def retrieval(
     world: World | None = None,
     should_stop: ShouldStop | None = None,
 ) -> dict[str, float]:
-    """{image_to_text,text_to_image}_{R@1,R@5,R@10,mean_rank,median_rank}, clip_val_loss and num_samples of a set.
+    """{image_to_text,text_to_image}_{R@1,R@5,R@10,mean_rank,median_rank}, clip_val_loss, num_samples and
+    num_captions of a set.
 
     Ranks count from 1. Each line of a sample's text is a caption of its image. An image is found when any of its
     captions is among the nearest k; equal scores rank by their place in the set. batches: this rank's pairs, of up
@@ -57,6 +58,7 @@ def retrieval(
         pairs = _gather_features(model, tokenizer, batches, batch_size, image_size, precision, world, should_stop)
         scale, bias = _temperature(model)
         figures = {"clip_val_loss": blockwise_loss(pairs, scale, bias), "num_samples": float(len(pairs.images))}
+        figures["num_captions"] = float(len(pairs.texts))
         index = torch.arange(len(pairs.images), device=world.device)
         figures |= _recalls("image_to_text", pairs.images, pairs.texts, index, pairs.owner, world)
         return figures | _recalls("text_to_image", pairs.texts, pairs.images, pairs.owner, index, world)

@@ -10,7 +10,7 @@ from models.errors import ConfigError
 from training.config import EvalConfig
 from training.plan import Plan
 
-_SETS = "a set to evaluate, e.g. --zeroshot-data or --imagenet-val"
+_SETS = "a set to evaluate, e.g. by --zeroshot-data, --imagenet-val or --eval-suite"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Every:
 
 
 class Due(NamedTuple):
-    """The two kinds of evaluation: of sets with labels or captions, and of the run's own --val-data."""
+    """The two cadences: of --val-data, and of all other sets, whatever is measured on them."""
 
     zeroshot: bool
     val: bool

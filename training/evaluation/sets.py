@@ -1,72 +1,122 @@
-"""The labelled sets of an evaluation: their class names and templates, checked before a run begins. Knows no model."""
+"""Sets that were asked for, opened: class names, templates and first samples are checked before a run begins.
+
+Knows no model.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
 
-from data import DataConfigError, EvalBatch, class_names_of, is_local, local_path, read_labelled, templates_of
+from data import (
+    CsvConfig,
+    DataConfigError,
+    EvalBatch,
+    class_folders_of,
+    class_names_of,
+    is_local,
+    is_pipe,
+    local_path,
+    read_labelled,
+    read_lines,
+    read_pairs,
+    templates_of,
+)
+from training.config import DataConfig
 from training.errors import ConfigError, DataError
 from training.evaluation.classifier import DEFAULT_TEMPLATES, check_prompts
+from training.evaluation.specs import PAIRS, SetSpec
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
-IMAGENET_METRIC = "imagenet-zeroshot-val"
 _WNID = re.compile(r"n\d{8}")
 _PROBED = 4
 
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """`metric` is what its figures are called, without the figure: `val/<metric>-top1`."""
+    """Pictures with labels, and what their classes are called. `has_own_templates`: they came with the set."""
 
-    name: str
-    metric: str
-    url: str
+    spec: SetSpec
     classnames: tuple[str, ...]
     templates: tuple[str, ...]
+    has_own_templates: bool
+    split: str = "test"
+
+    def of_split(self, split: str) -> LabelledSet:
+        """The same classes, another split of the pictures."""
+        return replace(self, split=split)
 
     def read(self, rank: int, size: int, transform: Transform, batch_size: int, workers: int) -> Iterator[EvalBatch]:
         """This rank's batches. Raises DataError naming what is broken."""
-        return read_labelled(self.url, rank, size, transform, batch_size, workers)
+        return read_labelled(self.spec.url, rank, size, transform, batch_size, workers, self.split)
+
+    @property
+    def prompts_sha256(self) -> str:
+        """A fingerprint of class names and templates: figures under other prompts are other figures."""
+        text = "\n".join((*self.classnames, "", *self.templates))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def open_labelled_set(spec: str) -> LabelledSet:
-    """The set of one `--zeroshot-data name=folder`, its first samples read.
+@dataclass(frozen=True)
+class PairSet:
+    """Pictures with one or several captions."""
 
-    Raises ConfigError or DataConfigError for a set without class names, templates or images, or with labels
-    that do not fit the names.
+    spec: SetSpec
+    caption_key: str
+    csv: CsvConfig
+
+    def read(self, rank: int, size: int, transform: Transform, batch_size: int, workers: int) -> Iterator[EvalBatch]:
+        """This rank's batches. Raises DataError naming what is broken."""
+        return read_pairs(
+            self.spec.url,
+            *(rank, size, transform),
+            batch_size=batch_size,
+            workers=workers,
+            caption_key=self.caption_key,
+            csv_fields=self.csv,
+        )
+
+
+def open_labelled_set(spec: SetSpec, splits: tuple[str, ...] = ("test",)) -> LabelledSet:
+    """The set, its first samples of each split read.
+
+    Class names are those of the spec, else of the set (see `data.class_names_of`); WordNet ids, and ImageNet-V2's
+    thousand numbers, become names by timm's list. Raises ConfigError or DataConfigError for a set without class names
+    or images, for templates without a place for the name, and for labels that do not fit the names.
     """
-    name, url = split_name(spec, "--zeroshot-data")
-    where = f"--zeroshot-data {spec}"
-    with _told_as(where):
-        names = class_names_of(url) or []
-        templates = templates_of(url) or list(DEFAULT_TEMPLATES)
-    labelled = LabelledSet(name, f"{name}-zeroshot", url, tuple(names), tuple(templates))
-    _check(labelled, where)
+    with _told_as(spec.where):
+        if is_local(spec.url) and not os.path.exists(local_path(spec.url)):
+            raise DataConfigError(f"there is no folder {local_path(spec.url)}")
+        names = read_lines(spec.classnames) if spec.classnames else class_names_of(spec.url) or []
+        own_templates = read_lines(spec.templates) if spec.templates else templates_of(spec.url) or []
+    names = _readable(spec.where, names)
+    templates = tuple(own_templates) or DEFAULT_TEMPLATES
+    labelled = LabelledSet(spec, tuple(names), templates, bool(own_templates))
+    check_prompts(spec.where, labelled.classnames, templates)
+    spec.manifest.check(spec.where, num_classes=len(names))
+    for split in splits:
+        _probe(labelled.of_split(split))
     return labelled
 
 
-def open_imagenet(url: str) -> LabelledSet:
-    """ImageNet's validation set from `--imagenet-val`: folders by WordNet id, or CLIP_benchmark's layout.
-
-    Class names come from `classnames.txt` in the folder, else from timm's list. Raises as `open_labelled_set`.
-    """
-    where = f"--imagenet-val {url}"
-    with _told_as(where):
-        names = class_names_of(url) or []
-        templates = templates_of(url) or list(DEFAULT_TEMPLATES)
-    if names and all(_WNID.fullmatch(name) for name in names):
-        names = imagenet_names(names)
-    labelled = LabelledSet("imagenet", IMAGENET_METRIC, url, tuple(names), tuple(templates))
-    _check(labelled, where)
-    return labelled
+def open_pairs(spec: SetSpec, data: DataConfig) -> PairSet:
+    """The set, its first pair read. Raises ConfigError or DataConfigError for one that cannot be used."""
+    csv = CsvConfig(data.csv_separator, data.csv_img_key, data.csv_caption_key)
+    # --caption-key is how the training set and its validation set are written, not how others are.
+    pairs = PairSet(spec, data.caption_key[0] if spec.name == PAIRS else "txt", csv)
+    with _told_as(spec.where):
+        first = next(pairs.read(0, 1, _no_pixels, 1, 1), None)
+    if first is None:
+        raise DataConfigError(f"{spec.where}: the set is empty: no pair was found in it")
+    return pairs
 
 
 def imagenet_names(wnids: list[str]) -> list[str]:
@@ -77,22 +127,24 @@ def imagenet_names(wnids: list[str]) -> list[str]:
     known = set(info.label_names())
     for wnid in wnids:
         if wnid not in known:
-            raise ConfigError(f"--imagenet-val: {wnid} is none of the 1000 classes; give the names in classnames.txt")
+            raise ConfigError(f"{wnid} is none of the 1000 classes; give the names in classnames.txt")
     synonyms = {wnid: info.label_name_to_description(wnid) for wnid in known}
     shared = Counter(text.split(",")[0] for text in synonyms.values())
     return [synonyms[w] if shared[synonyms[w].split(",")[0]] > 1 else synonyms[w].split(",")[0] for w in wnids]
 
 
-def split_name(spec: str, flag: str) -> tuple[str, str]:
-    """'name=folder' to both; the folder's own name where none is given. Raises ConfigError."""
-    name, separator, url = spec.partition("=")
-    # A URL may hold an equals sign of its own: what stands before it is a name only without a slash.
-    if not separator or "/" in name:
-        url = spec
-        name = os.path.basename(spec.rstrip("/"))
-    if not url or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-        raise ConfigError(f"{flag} {spec}: write name=folder, the name in letters, digits, '_', '-' and '.'")
-    return name, url
+def _readable(where: str, names: list[str]) -> list[str]:
+    """Names in words for those that are ids of ImageNet's."""
+    try:
+        if names and all(_WNID.fullmatch(name) for name in names):
+            return imagenet_names(names)
+        if names == [str(number) for number in range(1000)]:
+            from timm.data import ImageNetInfo
+
+            return imagenet_names(ImageNetInfo("imagenet-1k").label_names())
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return names
 
 
 class _told_as:
@@ -109,17 +161,15 @@ class _told_as:
             raise DataConfigError(f"{self._where}: {error}") from error
 
 
-def _check(labelled: LabelledSet, where: str) -> None:
-    if is_local(labelled.url) and not os.path.isdir(local_path(labelled.url)):
-        raise DataConfigError(f"{where}: there is no folder {local_path(labelled.url)}")
-    check_prompts(where, labelled.classnames, labelled.templates)
+def _probe(labelled: LabelledSet) -> None:
+    where, num_classes = labelled.spec.where, len(labelled.classnames)
     with _told_as(where):
         first = next(labelled.read(0, 1, _no_pixels, _PROBED, 1), None)
+        num_folders = len(class_folders_of(labelled.spec.url, labelled.split)) if not is_pipe(labelled.spec.url) else 0
     if first is None:
         raise DataConfigError(f"{where}: the set is empty: no image was found in it")
     assert first.labels is not None
-    num_classes, num_folders = len(labelled.classnames), _num_class_folders(labelled.url)
-    if num_folders not in (None, num_classes):
+    if num_folders not in (0, num_classes):
         raise DataConfigError(
             f"{where}: {num_classes} names in classnames.txt, but {num_folders} folders of images; each needs "
             "its name, in the order of the sorted folders"
@@ -135,10 +185,4 @@ def _no_pixels(image: Image.Image) -> torch.Tensor:
     return torch.empty(0)
 
 
-def _num_class_folders(url: str) -> int | None:
-    """Folders of an image folder; None for sets of shards."""
-    if not is_local(url) or os.path.exists(os.path.join(local_path(url), "test", "nshards.txt")):
-        return None
-    folders = [entry.path for entry in os.scandir(local_path(url)) if entry.is_dir()]
-    holds_shards = any(name.endswith(".tar") for folder in [local_path(url), *folders] for name in os.listdir(folder))
-    return None if holds_shards or not folders else len(folders)
+__all__ = ["LabelledSet", "PairSet", "imagenet_names", "open_labelled_set", "open_pairs"]

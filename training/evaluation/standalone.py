@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import models
@@ -11,6 +12,9 @@ from training.config import DataConfig, EvalConfig
 from training.distributed import World
 from training.errors import CheckpointError, ConfigError
 from training.evaluation.evaluator import Evaluator
+from training.evaluation.feed import ShouldStop
+from training.evaluation.specs import specs_of
+from training.evaluation.tasks import Task
 from training.origin import open_tokenizer
 
 
@@ -55,6 +59,61 @@ def _average_in(folder: Path) -> str:
     return str(folder / EMA_FILE)
 
 
+@dataclass(frozen=True)
+class Exam:
+    """What is measured, and how; the same for every model."""
+
+    sets: EvalConfig
+    data: DataConfig
+    batch_size: int = 64
+    precision: str = "fp32"
+
+
+def check_exam(exam: Exam) -> None:
+    """Raises ConfigError for an exam without sets."""
+    if not specs_of(exam.sets, exam.data):
+        raise ConfigError(
+            "nothing to evaluate: give --zeroshot-data, --imagenet-val, --retrieval-data, --linear-probe-data, "
+            "--eval-suite or --val-data"
+        )
+
+
+def open_candidate(
+    checkpoint: str,
+    model: str | None,
+    exam: Exam,
+    world: World,
+    averaged: bool = False,
+    tokenizer: str | None = None,
+    should_stop: ShouldStop | None = None,
+    tasks: dict[str, Task] | None = None,
+) -> tuple[models.CLIP, Evaluator]:
+    """A model with what measures it: its own tokenizer and preprocessing, and the sets. Collective.
+
+    tokenizer: where its files are, instead of where they were when the model was trained. tasks: the sets, where they
+    were opened before.
+    Raises ConfigError, CheckpointError or DataError.
+    """
+    check_exam(exam)
+    with world.collectively(f"--checkpoint {checkpoint}"):
+        clip = load_model(checkpoint, model, world, averaged)
+        origin = models.read_provenance(newest_of(checkpoint))
+    reader = open_tokenizer(models.config_with(clip.config, tokenizer=tokenizer), origin, world)
+    evaluator = Evaluator(
+        exam.sets,
+        exam.data,
+        reader,
+        models.InferenceTransform(clip.config.preprocess),
+        world,
+        batch_size=exam.batch_size,
+        workers=exam.data.workers,
+        precision=exam.precision,
+        should_stop=should_stop,
+        tasks=tasks,
+    )
+    return clip, evaluator
+
+
 def evaluate_checkpoint(
     checkpoint: str,
     model: str | None,
@@ -68,25 +127,10 @@ def evaluate_checkpoint(
 ) -> dict[str, float]:
     """The figures of all sets, under their names in `metrics.jsonl`; the same on every rank. Collective.
 
-    tokenizer: where its files are, instead of where they were when the model was trained.
-    Raises ConfigError, CheckpointError or DataError; a set that cannot be read is an error here.
+    Raises as `open_candidate`; a set that cannot be read is an error here.
     """
-    if not (sets.zeroshot_data or sets.imagenet_val or data.val_data):
-        raise ConfigError("nothing to evaluate: give --zeroshot-data, --imagenet-val or --val-data")
-    with world.collectively(f"--checkpoint {checkpoint}"):
-        clip = load_model(checkpoint, model, world, averaged)
-        origin = models.read_provenance(newest_of(checkpoint))
-    reader = open_tokenizer(models.config_with(clip.config, tokenizer=tokenizer), origin, world)
-    evaluator = Evaluator(
-        sets,
-        data,
-        reader,
-        models.InferenceTransform(clip.config.preprocess),
-        world,
-        batch_size=batch_size,
-        workers=data.workers,
-        precision=precision,
-    )
-    figures = evaluator.evaluate_sets(clip, evaluator.labels(), strict=True)
+    exam = Exam(sets, data, batch_size, precision)
+    clip, evaluator = open_candidate(checkpoint, model, exam, world, averaged, tokenizer)
+    figures = evaluator.evaluate_sets(clip, list(evaluator.tasks), strict=True)
     assert figures is not None, "nobody can ask for a stop here"
     return figures

@@ -17,6 +17,7 @@ from training.config import TrainConfig, to_flat
 from training.errors import ConfigError
 
 FILES = (".json", ".yaml", ".yml")  # of settings: small, and kept with the run
+_NAMED_SETS = ("zeroshot_data", "retrieval_data", "linear_probe_data")  # name=folder
 
 
 def absolute_settings(config: TrainConfig, cwd: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -34,7 +35,10 @@ def absolute_settings(config: TrainConfig, cwd: Path) -> Iterator[tuple[str, tup
         "distill_model": _model(model.distill_model, cwd),
         "train_data": _data(data.train_data, cwd, "--train-data"),
         "val_data": _data(data.val_data, cwd, "--val-data"),
-        "zeroshot_data": tuple(_named(entry, cwd) for entry in config.eval.zeroshot_data),
+        "imagenet_v2": _path(config.eval.imagenet_v2, cwd),
+        **{name: tuple(_named(entry, cwd) for entry in getattr(config.eval, name)) for name in _NAMED_SETS},
+        "eval_suite": tuple(str(_model(suite, cwd)) for suite in config.eval.eval_suite),
+        "eval_root": _path(config.eval.eval_root, cwd),
     }
     given = to_flat(config)
     for name, value in values.items():
@@ -45,8 +49,9 @@ def absolute_settings(config: TrainConfig, cwd: Path) -> Iterator[tuple[str, tup
 def local_folders(config: TrainConfig) -> list[str]:
     """Absolute folders of this machine that the settings name and that exist: what a container must see, too."""
     model = config.model
-    named = [config.eval.imagenet_val, model.pretrained, model.distill_pretrained, model.model, model.distill_model]
-    named += [entry.partition("=")[2] for entry in config.eval.zeroshot_data]
+    named = [model.pretrained, model.distill_pretrained, model.model, model.distill_model]
+    named += [config.eval.imagenet_val, config.eval.imagenet_v2, config.eval.eval_root, *config.eval.eval_suite]
+    named += [entry.partition("=")[2] for name in _NAMED_SETS for entry in getattr(config.eval, name)]
     for data in (config.data.train_data, config.data.val_data):
         named += [part.strip() for part in (data or "").split("::")]
     folders = []

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.helpers.shards import draw_image
 from tests.training.evaluation.conftest import CLASSES, TEMPLATES, write_labelled
+from training.config import DataConfig, EvalConfig
 from training.errors import ConfigError, DataConfigError
-from training.evaluation import DEFAULT_TEMPLATES
-from training.evaluation.sets import open_imagenet, open_labelled_set, split_name
+from training.evaluation import DEFAULT_TEMPLATES, sets
+from training.evaluation.specs import SetSpec, specs_of, split_name
+
+
+def spec_of(**settings: Any) -> SetSpec:
+    """The one set of these settings."""
+    (spec,) = specs_of(EvalConfig(**settings), DataConfig()).values()
+    return spec
+
+
+def open_labelled_set(entry: str) -> sets.LabelledSet:
+    return sets.open_labelled_set(spec_of(zeroshot_data=(entry,)))
+
+
+def open_imagenet(folder: str) -> sets.LabelledSet:
+    return sets.open_labelled_set(spec_of(imagenet_val=folder))
 
 
 def write_folders(root: Path, names: tuple[str, ...]) -> Path:
@@ -22,17 +38,20 @@ def write_folders(root: Path, names: tuple[str, ...]) -> Path:
 
 def test_names_and_templates_come_from_the_set(labelled_set: Path) -> None:
     found = open_labelled_set(f"shapes={labelled_set}")
-    assert (found.name, found.metric) == ("shapes", "shapes-zeroshot")
+    assert (found.spec.name, found.spec.stem) == ("shapes", "shapes-zeroshot-")
+    assert found.has_own_templates
     assert (found.classnames, found.templates) == (CLASSES, TEMPLATES)
 
 
 def test_without_a_name_the_folder_gives_it(labelled_set: Path) -> None:
-    assert open_labelled_set(f"{labelled_set}/").name == "labelled"
+    assert open_labelled_set(f"{labelled_set}/").spec.name == "labelled"
 
 
 def test_without_templates_ours_are_taken(tmp_path: Path) -> None:
     root = write_labelled(tmp_path / "set", templates=())
-    assert open_labelled_set(f"set={root}").templates == DEFAULT_TEMPLATES
+    found = open_labelled_set(f"set={root}")
+    assert found.templates == DEFAULT_TEMPLATES
+    assert not found.has_own_templates
 
 
 @pytest.mark.parametrize("spec", ["=folder", "a b=folder", "name=", "/"])
@@ -91,7 +110,7 @@ def test_an_image_folder_needs_a_name_for_each_class(tmp_path: Path) -> None:
 def test_imagenet_folders_get_timms_names(tmp_path: Path) -> None:
     root = write_folders(tmp_path / "val", ("n01443537", "n01440764", "n02012849"))
     found = open_imagenet(str(root))
-    assert found.metric == "imagenet-zeroshot-val"
+    assert found.spec.figures[0] == "val/imagenet-zeroshot-val-top1"
     # Two classes are called crane: both get all their synonyms.
     assert found.classnames[:2] == ("tench", "goldfish")
     assert found.classnames[2].startswith("crane") or "," in found.classnames[2]
