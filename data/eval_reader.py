@@ -22,12 +22,22 @@ from PIL import Image
 from data.captions import CaptionConfig, caption_of
 from data.decode import decode_rgb
 from data.errors import DataConfigError, DataError, ShardError, StorageError
+from data.eval_layout import (
+    class_folders,
+    image_root,
+    is_folder,
+    is_number,
+    numbered_shards,
+    pictures_below,
+    shards_of,
+    text_lines,
+)
 from data.files import read_file
 from data.folder_source import FolderReader, folder_shards
 from data.prepare import image_of
 from data.readers import ShardReader
 from data.rows import CsvConfig, CsvFields
-from data.samples import IMAGE_EXTENSIONS, RawSample, SampleError
+from data.samples import RawSample, SampleError
 from data.storage import open_stream
 from data.table import TableReader, table_shards
 from data.tar import read_samples
@@ -38,10 +48,8 @@ Tokenize = Callable[[list[str]], torch.Tensor]
 
 _CLASS_NAMES = "classnames.txt"
 _TEMPLATES = "zeroshot_classification_templates.txt"
-_SPLIT_FOLDERS = {"test": ("test", "val", "validation"), "train": ("train",)}
 _LABELS = "label"
 _LISTS = (".csv", ".tsv")
-_HUB = "https://huggingface.co/datasets/"
 _MAX_PIXELS = 1 << 30
 
 
@@ -78,8 +86,8 @@ def read_pairs(
 ) -> Iterator[EvalBatch]:
     """This rank's batches of an image-caption set: any form of `--train-data`, or a folder in CLIP_benchmark's layout.
 
-    `workers` threads decode and transform. Raises DataConfigError when the set is not there, DataError naming
-    the sample when a picture or caption is missing or broken.
+    `workers` threads decode and transform. Raises DataError when the set is not there, or naming the sample when a
+    picture or caption is missing or broken; DataConfigError for files that make no sense.
     """
     items = _pairs(url, caption_key, csv_fields or CsvConfig())
     for batch, texts in _batches(items, rank, world_size, transform, batch_size, workers):
@@ -112,23 +120,24 @@ def class_names_of(url: str) -> list[str] | None:
 
     Of a CSV: that file beside it, else its labels in alphabetical order, unless they are numbers.
     """
-    if (names := _read_lines(_folder_of(url), _CLASS_NAMES)) is not None:
+    if (names := text_lines(_folder_of(url), _CLASS_NAMES)) is not None:
         return names
     if url.endswith(_LISTS):
         labels = {raw.fields["txt"].decode() for raw in _rows(url)}
-        return None if all(_is_number(label) for label in labels) else sorted(labels)
-    return _class_folders(_image_root(url, "test")) or None
+        return None if all(is_number(label) for label in labels) else sorted(labels)
+    return class_folders_of(url) or None
 
 
 def templates_of(url: str) -> list[str] | None:
     """Prompt templates with `{c}` for the class, from `zeroshot_classification_templates.txt`; None without it."""
-    return _read_lines(_folder_of(url), _TEMPLATES)
+    lines = text_lines(_folder_of(url), _TEMPLATES)
+    return None if lines is None else [line for line in lines if line]
 
 
 def read_lines(url: str) -> list[str]:
-    """The lines of a small text file that hold something. DataConfigError when it cannot be read."""
+    """The lines of a small text file but empty ones at its end. DataConfigError when it is not there."""
     folder, _, name = url.rpartition("/")
-    lines = _read_lines(folder or ("/" if url.startswith("/") else "."), name)
+    lines = text_lines(folder or ("/" if url.startswith("/") else "."), name)
     if lines is None:
         raise DataConfigError(f"{mask_url(url)}: there is no such file")
     return lines
@@ -136,8 +145,9 @@ def read_lines(url: str) -> list[str]:
 
 def class_folders_of(url: str, split: str = "test") -> list[str]:
     """The folders of an image folder that are its classes, in label order; none for other kinds of sets."""
-    is_sharded = _read_lines(url, f"{split}/nshards.txt") is not None if is_local(url) else True
-    return [] if is_sharded or url.endswith(_LISTS) else _class_folders(_image_root(url, split))
+    if not is_local(url) or url.endswith(_LISTS) or text_lines(url, f"{split}/nshards.txt") is not None:
+        return []
+    return class_folders(image_root(url, split))
 
 
 def _batches(
@@ -177,7 +187,7 @@ def _load(item: _Item, transform: Transform) -> torch.Tensor:
 
 
 def _pairs(url: str | Source, caption_key: str, csv_fields: CsvFields) -> Iterator[_Item]:
-    if isinstance(url, str) and _is_folder(url) and (numbered := _numbered_shards(url, "test")):
+    if isinstance(url, str) and is_folder(url) and (numbered := numbered_shards(url, "test")):
         return _items(_read_shards(numbered), lambda raw: caption_of(raw, caption_key))
     sources = (url,) if isinstance(url, Source) else expand_sources(url)
     shards = [shard for source in sources for shard in source.urls]
@@ -207,10 +217,9 @@ def _labelled(url: str, split: str) -> Iterator[_Item]:
         names = class_names_of(url) or []
         return _items(_rows(url), lambda raw: _label_in_list(raw, names))
     if not is_pipe(url) and not url.endswith(".tar"):
-        root = _image_root(url, split)
-        if folders := _class_folders(root):
-            return _image_folder(local_path(root), folders)
-        return _items(_read_shards(_shards_of(url, split)), _label_of)
+        if folders := class_folders_of(url, split):
+            return _image_folder(local_path(image_root(url, split)), folders)
+        return _items(_read_shards(shards_of(url, split)), _label_of)
     return _items(_read_shards(expand_sources(url)[0].urls), _label_of)
 
 
@@ -224,15 +233,11 @@ def _rows(url: str) -> Iterator[RawSample]:
 
 def _label_in_list(raw: RawSample, names: list[str]) -> int:
     label = raw.fields["txt"].decode().strip()
-    if _is_number(label):
+    if is_number(label):
         return int(label)
     if label not in names:
         raise SampleError("bad_label", f"{label[:40]!r} is neither a number nor one of the {len(names)} class names")
     return names.index(label)
-
-
-def _is_number(label: str) -> bool:
-    return label.strip().isdecimal()
 
 
 def _items(samples: Iterable[RawSample], target_of: Callable[[RawSample], int | str]) -> Iterator[_Item]:
@@ -249,7 +254,8 @@ def _label_of(raw: RawSample) -> int:
     try:
         return int(raw.fields["cls"])
     except KeyError:
-        raise SampleError("no_label", f"no member 'cls'; members: {', '.join(sorted(raw.fields))}") from None
+        several = " (npy: a set with several labels an image cannot be scored)" if "npy" in raw.fields else ""
+        raise SampleError("no_label", f"no member 'cls'; members: {', '.join(sorted(raw.fields))}{several}") from None
     except ValueError:
         raise SampleError("bad_label", f"{raw.fields['cls'][:40]!r} is no class number") from None
 
@@ -263,96 +269,12 @@ def _read_shards(urls: Iterable[str]) -> Iterator[RawSample]:
             raise DataError(f"evaluation shard cannot be read: {error}") from error
 
 
-def _shards_of(root: str, split: str) -> list[str]:
-    """CLIP_benchmark's numbered tars, else the tars of a local folder or of its `split` folder."""
-    if numbered := _numbered_shards(root, split):
-        return numbered
-    if is_local(root):
-        for folder in (root, _join(root, split)):
-            if os.path.isdir(local_path(folder)) and any(
-                name.endswith(".tar") for name in os.listdir(local_path(folder))
-            ):
-                return list(expand_sources(folder)[0].urls)
-    raise DataConfigError(
-        f"evaluation set {mask_url(root)}: found neither {split}/nshards.txt, nor .tar files, "
-        "nor folders of images by class"
-    )
-
-
-def _numbered_shards(root: str, split: str) -> list[str]:
-    """The tars that `nshards.txt` says are there; none without that file."""
-    count = _read_lines(root, f"{split}/nshards.txt")
-    if not count:
-        return []
-    if not _is_number(count[0]) or int(count[0]) < 1:
-        raise DataConfigError(f"{mask_url(root)}/{split}/nshards.txt: {count[0][:40]!r} is no number of shards")
-    return [_join(root, f"{split}/{number}.tar") for number in range(int(count[0]))]
-
-
-def _is_folder(url: str) -> bool:
-    """Whether a URL may be a set's folder: one without a pattern, a command, or the extension of a file."""
-    plain = not is_pipe(url) and not any(mark in url for mark in "{*[?") and "::" not in url
-    return plain and (os.path.isdir(local_path(url)) if is_local(url) else "." not in url.rpartition("/")[2])
-
-
 def _folder_of(url: str) -> str:
     """Where the text files of a set are."""
     return (url.rpartition("/")[0] or ".") if url.endswith(_LISTS) else url
 
 
-def _image_root(root: str, split: str) -> str:
-    """The folder whose folders are classes: `root`, or that of a split below it."""
-    for name in _SPLIT_FOLDERS.get(split, (split,)) if is_local(root) else ():
-        folder = os.path.join(local_path(root), name)
-        if os.path.isdir(folder) and not _pictures_in(folder) and _class_folders(folder):
-            return folder
-    return root
-
-
-def _class_folders(root: str) -> list[str]:
-    """Names of the folders that hold pictures, sorted, numbers as numbers; none for remote roots."""
-    path = local_path(root)
-    if not is_local(root) or not os.path.isdir(path):
-        return []
-    folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
-    if all(map(_is_number, folders)):
-        folders.sort(key=int)
-    return folders if any(_pictures_below(os.path.join(path, folder)) for folder in folders[:1]) else []
-
-
-def _pictures_in(folder: str) -> bool:
-    return any(entry.name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS for entry in os.scandir(folder))
-
-
 def _image_folder(root: str, folders: list[str]) -> Iterator[_Item]:
     for label, folder in enumerate(folders):
-        for path in _pictures_below(os.path.join(root, folder)):
+        for path in pictures_below(os.path.join(root, folder)):
             yield _Item(path, lambda path=path: read_file(path), label)  # type: ignore[misc]
-
-
-def _pictures_below(folder: str) -> list[str]:
-    found = []
-    for parent, _, names in sorted(os.walk(folder, followlinks=True)):
-        found += [
-            os.path.join(parent, name) for name in sorted(names) if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
-        ]
-    return found
-
-
-def _join(root: str, name: str) -> str:
-    if root.startswith(_HUB):  # the address of a page there, as CLIP_benchmark takes it, is not that of the files
-        root = root.replace("/tree/", "/resolve/", 1)
-    return f"{root.rstrip('/')}/{name}"
-
-
-def _read_lines(root: str, name: str) -> list[str] | None:
-    """The lines of a small text file of the set that hold something, or None when it is not there."""
-    if is_pipe(root) or root.endswith(".tar"):
-        return None
-    try:
-        text = read_file(_join(root, name)).decode()
-    except StorageError as error:
-        if error.kind == "missing":
-            return None
-        raise DataConfigError(f"evaluation set: {error}") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]

@@ -6,7 +6,7 @@ long names, pax paths and sizes, base-256 sizes, gzip. Every header's checksum i
 **Keys.** A member's extension is what follows the last dot of its name, its key all before (folders
 included), so `photo.v2.jpg` and `photo.v2.txt` are one sample `photo.v2`. WebDataset's compound extensions
 still work: next to `x.jpg` the member `x.seg.png` belongs to `x`, under "seg.png", unless `x.seg` is a whole
-sample by itself (a picture and a text). A repeated extension begins a new sample. Ignored are folders,
+sample by itself (a picture and a text or label). A repeated extension begins a new sample. Ignored are folders,
 links, names without a dot, hidden files, `__MACOSX` and WebDataset's `__meta__` members.
 """
 
@@ -32,7 +32,7 @@ _ADLER_MODULUS = 65521
 _MOST_BYTES = 1 << 50  # of an archive; a larger size in a header is damage
 _MOST_TAKEN = 1 << 28  # a larger member is passed over: no picture, and a damaged size must not cost the memory
 _IMAGES = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"))
-_TEXTS = frozenset(("txt", "json", "caption"))
+_TEXTS = frozenset(("txt", "json", "caption", "cls"))
 
 
 def read_samples(

@@ -17,8 +17,9 @@ from scripts.evaluate import add_set_flags, data_config, eval_config
 from training.config import ClusterConfig
 from training.distributed import session
 from training.errors import PeerError, UserError
+from training.evaluation.exam import Exam
 from training.soup import SOUP_FILE, Soup, make_soup
-from training.soup_recipe import Exam, SoupRecipe
+from training.soup_recipe import SoupRecipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:

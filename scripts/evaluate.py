@@ -1,6 +1,7 @@
-"""`python -m scripts.evaluate --checkpoint FOLDER --zeroshot-data name=folder`: what a model scores.
+"""`python -m scripts.evaluate --checkpoint FOLDER --zeroshot-data name=folder`: what one or several models score.
 
-Runs on several ranks under torchrun or Slurm; the figures are the same for any number of them.
+Runs on several ranks under torchrun or Slurm; the figures are the same for any number of them. With --results an
+interrupted matrix of models and sets goes on where it was.
 """
 
 from __future__ import annotations
@@ -11,46 +12,53 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from training.checkpoint import MODEL_FILE
 from training.config import ClusterConfig, DataConfig, EvalConfig
-from training.distributed import World, session
-from training.errors import PeerError, UserError
-from training.evaluation.standalone import evaluate_checkpoint
+from training.distributed import session
+from training.errors import EXIT_FAILED, ConfigError, PeerError, UserError
+from training.evaluation.exam import Exam
+from training.evaluation.figures import values_of
+from training.evaluation.matrix import Candidate, Cell, measure_matrix
+from training.evaluation.specs import split_name
+from training.evaluation.suites import load_suite
+from training.evaluation.table import csv_text, markdown, plain, rows_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluates and prints a table. Returns the exit code."""
+    """Evaluates and prints a table. Returns the exit code: 1 when a set could not be measured."""
     args = _parser().parse_args(argv)
     try:
+        candidates, exam = _candidates(args), exam_of(args)
         with session(ClusterConfig(device=args.device)) as world:
-            figures = evaluate_checkpoint(
-                args.checkpoint,
-                args.model,
-                eval_config(args),
-                data_config(args),
-                world,
-                args.batch_size,
-                args.precision,
-                args.ema,
-                args.tokenizer,
-            )
-            _report(figures, args.json, world)
+            cells = measure_matrix(candidates, exam, world, args.results)
+            if world.is_main:
+                _write(cells, exam, args)
+        return _report(cells) if world.is_main else 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except PeerError as error:
         return error.exit_code  # the rank that met the error has said so itself
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m scripts.evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m scripts.evaluate", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--checkpoint", required=True, help="checkpoint folder, run folder (its newest), .safetensors, or OpenCLIP .pt")
-    add("--model", help="name or configuration file; a checkpoint folder knows its own")
+    add(
+        "--checkpoint",
+        required=True,
+        nargs="+",
+        metavar="[NAME=]PATH",
+        help="checkpoint folder, run folder (its newest), .safetensors, or OpenCLIP .pt; several make a table",
+    )
+    add("--model", nargs="+", help="name or configuration file, one or as many; a checkpoint folder knows its own")
     add("--ema", action="store_true", help="the moving average of the weights that the checkpoint holds")
     add("--tokenizer", help="folder of its Hugging Face tokenizer, if it is not where it was in training")
     add_set_flags(parser)
-    add("--json", type=Path, help="also write the figures to this file")
+    add("--results", type=Path, help="JSONL file of what was measured: what it has is not measured again")
+    add("--csv", type=Path, help="also write every figure with its interval to this file")
+    add("--markdown", type=Path, help="also write the table to this file")
+    add("--json", type=Path, help="also write the figures to this file, by model if there are several")
     return parser
 
 
@@ -60,6 +68,7 @@ def add_set_flags(parser: argparse.ArgumentParser) -> None:
     add("--zeroshot-data", nargs="+", default=[], metavar="NAME=FOLDER", help="sets in CLIP_benchmark's layout")
     add("--imagenet-val", help="ImageNet's validation set: one folder per WordNet id")
     add("--imagenet-v2", help="ImageNet-V2: one folder per number of a class")
+    add("--imagenet-prompts", default="own", choices=("own", "openclip"), help="openclip: those of published figures")
     add("--retrieval-data", nargs="+", default=[], metavar="NAME=FOLDER", help="images with captions")
     add("--linear-probe-data", nargs="+", default=[], metavar="NAME=FOLDER", help="sets with train/ and test/ splits")
     add("--eval-suite", nargs="+", default=[], metavar="SUITE", help="names in configs/eval, or YAML files")
@@ -76,11 +85,19 @@ def add_set_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", choices=("auto", "cuda", "cpu"))
 
 
+def exam_of(args: argparse.Namespace) -> Exam:
+    """What `add_set_flags` asks for. Raises ConfigError."""
+    if args.eval_root and not args.eval_suite:
+        raise ConfigError("--eval-root says where the sets of --eval-suite are: there is none")
+    return Exam(sets=eval_config(args), data=data_config(args), batch_size=args.batch_size, precision=args.precision)
+
+
 def eval_config(args: argparse.Namespace) -> EvalConfig:
     """The sets of `add_set_flags` but `--val-data`."""
     return EvalConfig(
         imagenet_val=args.imagenet_val,
         imagenet_v2=args.imagenet_v2,
+        imagenet_prompts=args.imagenet_prompts,
         zeroshot_data=tuple(args.zeroshot_data),
         retrieval_data=tuple(args.retrieval_data),
         linear_probe_data=tuple(args.linear_probe_data),
@@ -102,15 +119,55 @@ def data_config(args: argparse.Namespace) -> DataConfig:
     )
 
 
-def _report(figures: dict[str, float], path: Path | None, world: World) -> None:
-    if not world.is_main:
-        return
-    width = max(map(len, figures))
-    for name, value in figures.items():
-        print(f"{name:<{width}}  {value:.4f}")
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(figures, indent=1) + "\n")
+def _candidates(args: argparse.Namespace) -> list[Candidate]:
+    models = args.model or [None]
+    if len(models) == 1:
+        models *= len(args.checkpoint)
+    if len(models) != len(args.checkpoint):
+        raise ConfigError(f"--model: {len(models)} for {len(args.checkpoint)} checkpoints; give one, or one for each")
+    named = [_name_of(entry) for entry in args.checkpoint]
+    names = [name for name, _ in named]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"--checkpoint: two are called {name!r}; write other-name=path")
+    return [
+        Candidate(name, path, model, args.ema, args.tokenizer)
+        for (name, path), model in zip(named, models, strict=True)
+    ]
+
+
+def _name_of(entry: str) -> tuple[str, str]:
+    """Name and path. Without a name: that of the run and of the checkpoint in it."""
+    name = entry.partition("=")[0]
+    if name != entry and "/" not in name and not Path(entry).exists():
+        return split_name(entry, "--checkpoint")
+    parts = [part for part in Path(entry).parts if part not in ("checkpoints", "/", ".", "..", MODEL_FILE)]
+    is_in_run = "checkpoints" in Path(entry).parts
+    return "/".join(parts[-2:] if is_in_run else parts[-1:]) or entry, entry
+
+
+def _write(cells: list[Cell], exam: Exam, args: argparse.Namespace) -> None:
+    """The table on the console, or one model's figures; and the files that were asked for."""
+    suites = [load_suite(suite, args.eval_root) for suite in args.eval_suite]
+    table = markdown(cells, rows_of(cells, exam.specs, suites))
+    by_model: dict[str, dict[str, float]] = {}
+    for cell in cells:
+        by_model.setdefault(cell.candidate, {}).update(values_of(list(cell.figures)))
+    is_single = len(by_model) == 1
+    figures = next(iter(by_model.values())) if is_single else by_model
+    print(plain(figure for cell in cells for figure in cell.figures) if is_single else table)
+    texts = {args.csv: csv_text(cells), args.markdown: table, args.json: json.dumps(figures, indent=1) + "\n"}
+    for path, text in texts.items():
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+
+def _report(cells: list[Cell]) -> int:
+    failed = [cell for cell in cells if cell.error]
+    for cell in failed:
+        print(f"error: {cell.candidate} on {cell.label}: {cell.error}", file=sys.stderr)
+    return EXIT_FAILED if failed else 0
 
 
 if __name__ == "__main__":

@@ -303,6 +303,12 @@ class EvalConfig:
         "name=folder or URL in CLIP_benchmark's layout: shards, classnames.txt, zeroshot_classification_templates.txt",
     )
     imagenet_v2: str | None = option(None, "ImageNet-V2: one folder per number of a class")
+    imagenet_prompts: str = option(
+        "own",
+        "of both: own is class names by timm and the set's or our templates; openclip is what published figures use, "
+        "from the package open_clip_torch",
+        choices=("own", "openclip"),
+    )
     retrieval_data: tuple[str, ...] = option(
         (),
         "name=folder, URL or list of images with captions, several to an image by lines: CLIP_benchmark's layout too",

@@ -21,9 +21,10 @@ from training.checkpoint import MODEL_CONFIG_FILE, MODEL_FILE, versions
 from training.distributed import World
 from training.errors import CheckpointError, CheckpointWriteError, ConfigError
 from training.evaluation.evaluator import Evaluator
+from training.evaluation.exam import Exam
 from training.evaluation.standalone import newest_of
 from training.secrets import mask_secrets
-from training.soup_recipe import Exam, SoupRecipe, check_recipe, choose_greedily, gain
+from training.soup_recipe import SoupRecipe, check_recipe, choose_greedily, gain
 
 log = logging.getLogger(__name__)
 

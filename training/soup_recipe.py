@@ -1,15 +1,12 @@
-"""What is asked of a soup: its recipe, what it is scored on, and which scores win. Knows no files and no tensors."""
+"""What is asked of a soup: its recipe, and which scores win. Knows no files and no tensors."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from training.config import DataConfig, EvalConfig
 from training.errors import ConfigError
-from training.evaluation.specs import specs_of
 
 # Figures that are better when they are smaller end so.
 _LOWER_IS_BETTER = ("loss", "_rank")
@@ -30,28 +27,6 @@ class SoupRecipe:
     alphas: tuple[float, ...] = (1.0,)
     metric: str | None = None
     model: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Exam:
-    """What is scored on, and how. Without sets nothing is."""
-
-    sets: EvalConfig = EvalConfig()
-    data: DataConfig = DataConfig()
-    batch_size: int = 64
-    precision: str = "fp32"
-
-    @property
-    def metrics(self) -> list[str]:
-        """Names of the figures that a choice can go by, the usual one first; none without sets."""
-        return [figure for spec in specs_of(self.sets, self.data).values() for figure in spec.figures]
-
-    def described(self) -> dict[str, Any]:
-        """The sets, for soup.json."""
-        sets, data = self.sets, self.data
-        names = ("imagenet_val", "imagenet_v2", "zeroshot_data", "retrieval_data", "linear_probe_data", "eval_suite")
-        given = {name: getattr(sets, name) for name in (*names, "eval_root")} | {"val_data": data.val_data}
-        return {name: value for name, value in given.items() if value}
 
 
 def check_recipe(recipe: SoupRecipe, metrics: list[str]) -> None:

@@ -34,7 +34,7 @@ class OpenClip:
 
     def read(self, folder: Path, model: CLIP) -> Encoders:
         try:
-            import open_clip  # type: ignore[import-untyped]
+            import open_clip
         except ImportError:
             raise ConfigError("--to openclip: reading it back needs open_clip: pip install open_clip_torch") from None
         theirs, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")

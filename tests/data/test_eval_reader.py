@@ -10,7 +10,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from data.errors import DataConfigError, DataError
+from data.errors import DataError
 from data.eval_reader import EvalBatch, class_names_of, read_labelled, read_pairs, templates_of
 from tests.data.pictures import encode, picture
 from tests.helpers.s3 import S3Server
@@ -175,7 +175,7 @@ def test_a_missing_shard_or_set_is_an_error_that_names_it(tmp_path: Path) -> Non
     (root / "test" / "1.tar").unlink()
     with pytest.raises(DataError, match=r"1\.tar"):
         labelled(str(root))
-    with pytest.raises(DataConfigError, match=r"found neither test/nshards\.txt"):
+    with pytest.raises(DataError, match=r"found neither test/nshards\.txt"):
         labelled(str(tmp_path / "nowhere"))
 
 

@@ -100,6 +100,7 @@ def test_reads_what_webdataset_and_tarfile_read(
         pytest.param(["x.jpg", "x.txt", "x.seg.png"], {"x": "jpg txt seg.png"}, id="compound-last"),
         pytest.param(["1.jpg", "1.txt", "1.5.jpg", "1.5.txt"], {"1": "jpg txt", "1.5": "jpg txt"}, id="numbers"),
         pytest.param(["1.5.jpg", "1.5.txt", "1.jpg", "1.txt"], {"1.5": "jpg txt", "1": "jpg txt"}, id="numbers-sorted"),
+        pytest.param(["1.jpg", "1.cls", "1.5.jpg", "1.5.cls"], {"1": "jpg cls", "1.5": "jpg cls"}, id="labels"),
         pytest.param(["x.JPG", "x.Txt"], {"x": "jpg txt"}, id="upper-case"),
         pytest.param(["a/x.jpg", "a/x.txt", "b/x.jpg"], {"a/x": "jpg txt", "b/x": "jpg"}, id="folders"),
         pytest.param(["v1.0/x.jpg", "v1.0/x.txt"], {"v1.0/x": "jpg txt"}, id="dotted-folder"),

@@ -15,7 +15,7 @@ from tests.helpers.course import GLOBAL_BATCH, STEPS_AN_EPOCH, Attempt, Course, 
 from tests.helpers.kill_points import arm
 from tests.helpers.nursery import Nursery
 from tests.helpers.poison import poisoned_run
-from training.evaluation import Evaluator
+from training.evaluation import Evaluator, classifier_cache, tasks
 from training.main import main
 from training.preemption import Preemption
 
@@ -181,6 +181,22 @@ def test_a_rollback_is_decided_before_an_evaluation_that_is_due(course_data: Pat
     (event,) = [record["event/rollback"] for record in records(attempt) if "event/rollback" in record]
     assert (event["from_step"], event["to_step"]) == (3, 2)
     assert evaluations(attempt) == list(DUE.items())
+
+
+@pytest.mark.parametrize(("lock", "num_built"), [(("--lock-text",), 1), ((), 2 * 4)], ids=["locked", "trained"])
+def test_a_run_builds_the_classifier_of_a_locked_text_tower_once_and_its_figures_are_those_of_building_it_each_time(
+    course_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lock: tuple[str, ...], num_built: int
+) -> None:
+    built: list[int] = []
+    build = tasks.build_classifier
+    monkeypatch.setattr(tasks, "build_classifier", lambda *args: (built.append(1), build(*args))[1])
+    course = replace(COURSE, flags=(*OFTEN, "--model-ema-samples", "16", *lock))
+    kept, anew = (Attempt(course, course_data, tmp_path / name) for name in ("kept", "anew"))
+    assert main([*kept.argv()]) == 0
+    assert len(built) == num_built  # of the weights and of their average, at steps 0, 4, 8 and 12
+    monkeypatch.setattr(classifier_cache, "stands_still", lambda model: False)
+    assert main([*anew.argv()]) == 0
+    assert_as(kept, anew)
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,10 @@ from training.checkpoint import choose_start
 from training.config import ClusterConfig, DataConfig, EvalConfig
 from training.distributed import World, session
 from training.errors import CheckpointError, CheckpointWriteError, ConfigError
+from training.evaluation.exam import Exam
 from training.evaluation.standalone import evaluate_checkpoint
 from training.soup import Soup, make_soup
-from training.soup_recipe import Exam, SoupRecipe
+from training.soup_recipe import SoupRecipe
 
 LOSS = "val/clip_val_loss"
 

@@ -9,7 +9,8 @@ import pytest
 
 from training.config import DataConfig, EvalConfig
 from training.errors import ConfigError
-from training.soup_recipe import Exam, SoupRecipe, check_recipe, choose_greedily, gain
+from training.evaluation.exam import Exam
+from training.soup_recipe import SoupRecipe, check_recipe, choose_greedily, gain
 
 
 def test_the_best_is_tried_first_and_each_is_kept_that_does_no_harm() -> None:

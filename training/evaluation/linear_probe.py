@@ -9,6 +9,7 @@ does not depend on the number of ranks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,7 @@ MAX_ITERATIONS = 1000
 _FITTED_FOR_ONE_HELD_OUT = 4
 _ITERATIONS_A_ROUND = 20
 _SCORES_A_BLOCK = 8_000_000  # 64 MB in float64
+_WORTH_THREADS = 100_000_000  # multiplications of one evaluation
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,25 @@ def linear_probe(
             checked = with_checked_labels(batches, num_classes)
             splits.append(_features(name, model, checked, batch_size, image_size, precision, world, should_stop))
     fitted_on, tested_on = splits
-    strength = choose_strength(fitted_on, num_classes, world, should_stop)
-    fit = Fit(fitted_on, num_classes, strength)
-    _run([fit], world, should_stop)
+    with _fitting_threads(fitted_on, num_classes):
+        strength = choose_strength(fitted_on, num_classes, world, should_stop)
+        fit = Fit(fitted_on, num_classes, strength)
+        _run([fit], world, should_stop)
     # Every rank has the same classifier; each counts its share of the images.
     counts = no_hits(num_classes) + _counts(fit.classifier(), tested_on, world.rank, world.size)
     return figures_of(counts, world) | {"strength": strength}
+
+
+@contextmanager
+def _fitting_threads(train: LabelledFeatures, num_classes: int) -> Iterator[None]:
+    """Inside: one thread for small products, whose many threads would wait for each other more than compute."""
+    before = torch.get_num_threads()
+    is_small = train.features.numel() * num_classes < _WORTH_THREADS
+    torch.set_num_threads(1 if is_small else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def choose_strength(

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -32,11 +30,11 @@ from data import (
 from training.config import DataConfig
 from training.errors import ConfigError, DataError
 from training.evaluation.classifier import DEFAULT_TEMPLATES, check_prompts
+from training.evaluation.imagenet import openclip_prompts, readable_names, wnids_of
 from training.evaluation.specs import PAIRS, SetSpec
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
-_WNID = re.compile(r"n\d{8}")
 _PROBED = 4
 
 
@@ -95,9 +93,7 @@ def open_labelled_set(spec: SetSpec, splits: tuple[str, ...] = ("test",)) -> Lab
     with _told_as(spec.where):
         if is_local(spec.url) and not os.path.exists(local_path(spec.url)):
             raise DataConfigError(f"there is no folder {local_path(spec.url)}")
-        names = read_lines(spec.classnames) if spec.classnames else class_names_of(spec.url) or []
-        own_templates = read_lines(spec.templates) if spec.templates else templates_of(spec.url) or []
-    names = _readable(spec.where, names)
+        names, own_templates = _prompts_of(spec)
     templates = tuple(own_templates) or DEFAULT_TEMPLATES
     labelled = LabelledSet(spec, tuple(names), templates, bool(own_templates))
     check_prompts(spec.where, labelled.classnames, templates)
@@ -119,36 +115,19 @@ def open_pairs(spec: SetSpec, data: DataConfig) -> PairSet:
     return pairs
 
 
-def imagenet_names(wnids: list[str]) -> list[str]:
-    """A name for each WordNet id: the first of its synonyms, all of them where classes share the first."""
-    from timm.data import ImageNetInfo
-
-    info = ImageNetInfo("imagenet-1k")
-    known = set(info.label_names())
-    for wnid in wnids:
-        if wnid not in known:
-            raise ConfigError(f"{wnid} is none of the 1000 classes; give the names in classnames.txt")
-    synonyms = {wnid: info.label_name_to_description(wnid) for wnid in known}
-    shared = Counter(text.split(",")[0] for text in synonyms.values())
-    return [synonyms[w] if shared[synonyms[w].split(",")[0]] > 1 else synonyms[w].split(",")[0] for w in wnids]
-
-
-def _readable(where: str, names: list[str]) -> list[str]:
-    """Names in words for those that are ids of ImageNet's."""
-    try:
-        if names and all(_WNID.fullmatch(name) for name in names):
-            return imagenet_names(names)
-        if names == [str(number) for number in range(1000)]:
-            from timm.data import ImageNetInfo
-
-            return imagenet_names(ImageNetInfo("imagenet-1k").label_names())
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-    return names
+def _prompts_of(spec: SetSpec) -> tuple[list[str], list[str]]:
+    """Class names, and the templates that come with the set, if any do."""
+    names = read_lines(spec.classnames) if spec.classnames else class_names_of(spec.url) or []
+    templates = read_lines(spec.templates) if spec.templates else templates_of(spec.url) or []
+    wnids = wnids_of(names)
+    if spec.openclip_prompts:
+        # Without ids the classes must be all of them, in their order: names in a file are another spelling of that.
+        return openclip_prompts(wnids or wnids_of([str(index) for index in range(len(names))]) or names)
+    return readable_names(wnids) if wnids else names, templates
 
 
 class _told_as:
-    """Inside, a DataError becomes a DataConfigError that begins with the flag."""
+    """Inside, a DataError becomes a DataConfigError that begins with the flag; a ConfigError does, too."""
 
     def __init__(self, where: str):
         self._where = where
@@ -157,8 +136,11 @@ class _told_as:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, ConfigError):
+            raise ConfigError(f"{self._where}: {error}") from error
         if isinstance(error, DataError):
-            raise DataConfigError(f"{self._where}: {error}") from error
+            # The readers are those of training, and name its flag.
+            raise DataConfigError(f"{self._where}: {str(error).removeprefix('--train-data ')}") from error
 
 
 def _probe(labelled: LabelledSet) -> None:
@@ -185,4 +167,4 @@ def _no_pixels(image: Image.Image) -> torch.Tensor:
     return torch.empty(0)
 
 
-__all__ = ["LabelledSet", "PairSet", "imagenet_names", "open_labelled_set", "open_pairs"]
+__all__ = ["LabelledSet", "PairSet", "open_labelled_set", "open_pairs"]

@@ -56,7 +56,8 @@ class Manifest:
 class SetSpec:
     """One measurement that is asked for. `where` names its origin in messages; figures are `val/<stem><figure>`.
 
-    classnames, templates: files that are used instead of those in the set's folder.
+    classnames, templates: files that are used instead of those in the set's folder; openclip_prompts: OpenCLIP's names
+    and templates of ImageNet are.
     main: the figures that a table shows.
     """
 
@@ -69,6 +70,7 @@ class SetSpec:
     main: tuple[str, ...] = ()
     classnames: str | None = None
     templates: str | None = None
+    openclip_prompts: bool = False
     suite: str | None = field(default=None, compare=False)
 
     @property
@@ -114,7 +116,10 @@ def _all(config: EvalConfig, data: DataConfig) -> Iterator[SetSpec]:
         ("--imagenet-v2", config.imagenet_v2, "imagenetv2"),
     ):
         if url:
-            yield SetSpec(name, ZEROSHOT, url, f"{flag} {url}", f"{name}-zeroshot-val-")
+            yield SetSpec(
+                *(name, ZEROSHOT, url, f"{flag} {url}", f"{name}-zeroshot-val-"),
+                openclip_prompts=config.imagenet_prompts == "openclip",
+            )
     for flag, kind, given in (
         ("--zeroshot-data", ZEROSHOT, config.zeroshot_data),
         ("--retrieval-data", RETRIEVAL, config.retrieval_data),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import models
@@ -12,8 +11,8 @@ from training.config import DataConfig, EvalConfig
 from training.distributed import World
 from training.errors import CheckpointError, ConfigError
 from training.evaluation.evaluator import Evaluator
+from training.evaluation.exam import Exam
 from training.evaluation.feed import ShouldStop
-from training.evaluation.specs import specs_of
 from training.evaluation.tasks import Task
 from training.origin import open_tokenizer
 
@@ -59,25 +58,6 @@ def _average_in(folder: Path) -> str:
     return str(folder / EMA_FILE)
 
 
-@dataclass(frozen=True)
-class Exam:
-    """What is measured, and how; the same for every model."""
-
-    sets: EvalConfig
-    data: DataConfig
-    batch_size: int = 64
-    precision: str = "fp32"
-
-
-def check_exam(exam: Exam) -> None:
-    """Raises ConfigError for an exam without sets."""
-    if not specs_of(exam.sets, exam.data):
-        raise ConfigError(
-            "nothing to evaluate: give --zeroshot-data, --imagenet-val, --retrieval-data, --linear-probe-data, "
-            "--eval-suite or --val-data"
-        )
-
-
 def open_candidate(
     checkpoint: str,
     model: str | None,
@@ -94,7 +74,7 @@ def open_candidate(
     were opened before.
     Raises ConfigError, CheckpointError or DataError.
     """
-    check_exam(exam)
+    exam.check()
     with world.collectively(f"--checkpoint {checkpoint}"):
         clip = load_model(checkpoint, model, world, averaged)
         origin = models.read_provenance(newest_of(checkpoint))
@@ -129,7 +109,7 @@ def evaluate_checkpoint(
 
     Raises as `open_candidate`; a set that cannot be read is an error here.
     """
-    exam = Exam(sets, data, batch_size, precision)
+    exam = Exam(sets=sets, data=data, batch_size=batch_size, precision=precision)
     clip, evaluator = open_candidate(checkpoint, model, exam, world, averaged, tokenizer)
     figures = evaluator.evaluate_sets(clip, list(evaluator.tasks), strict=True)
     assert figures is not None, "nobody can ask for a stop here"

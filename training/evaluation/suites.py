@@ -26,8 +26,7 @@ SUITES_DIR = Path(__file__).resolve().parents[2] / "configs" / "eval"
 _PLACE = "{name}"
 _SUITE_KEYS = ("about", "root", "sets")
 _NUMBERS = ("num_samples", "num_classes", "num_captions")
-_FILES = ("classnames", "templates")
-_SET_KEYS = ("name", "task", "url", "main", *_NUMBERS, *_FILES)
+_SET_KEYS = ("name", "task", "url", "main", *_NUMBERS, "classnames", "templates")
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def _suite(path: Path, raw: Any, root: str | None) -> Suite:
     if not isinstance(raw, dict) or not isinstance(raw.get("sets"), list) or not raw["sets"]:
         raise ConfigError("expected a mapping with a list `sets`")
     _refuse_unknown(raw, _SUITE_KEYS, "")
-    root = root or raw.get("root")
+    root = root or (_beside(path, raw["root"]) if "root" in raw else None)
     specs = [_spec(path, number, entry, root) for number, entry in enumerate(raw["sets"], 1)]
     labels = [spec.label for spec in specs]
     for label in labels:
@@ -107,8 +106,9 @@ def _spec(path: Path, number: int, entry: Any, root: str | None) -> SetSpec:
             num_captions=_number(name, entry, "num_captions"),
         ),
         _main(name, kind, entry.get("main")),
+        classnames=_beside(path, entry["classnames"]) if "classnames" in entry else None,
+        templates=_beside(path, entry["templates"]) if "templates" in entry else None,
         suite=path.stem,
-        **{key: _beside(path, entry[key]) for key in _FILES if key in entry},
     )
 
 

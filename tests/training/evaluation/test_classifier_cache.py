@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import models
 from models.locks import Lock, lock_towers
+from models.lora import Lora, adapt
 from tests.helpers.gloo import run_ranks
 from tests.training.evaluation.conftest import write_labelled
 from training.config import ClusterConfig, DataConfig, EvalConfig, ModelConfig
@@ -124,6 +125,16 @@ def test_one_trainable_parameter_anywhere_in_the_text_tower_is_enough_not_to_kee
         parameter.requires_grad_(True)
         assert not stands_still(model)
         parameter.requires_grad_(False)
+
+
+@pytest.mark.parametrize(("text_rank", "is_still"), [(2, False), (0, True)])
+def test_adapters_in_the_text_tower_are_trained_and_one_without_them_stands_still(
+    text_rank: int, is_still: bool
+) -> None:
+    pytest.importorskip("peft", reason="the adapters are peft's")
+    model = models.create_model("tiny-test")
+    adapt(model, Lora(image_rank=2, text_rank=text_rank))
+    assert stands_still(model) is is_still
 
 
 @pytest.mark.parametrize("kind", ["top level", "module of its own", "CoCa"])

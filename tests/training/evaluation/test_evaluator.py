@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,3 +122,33 @@ def test_another_number_of_pairs_than_announced_is_an_error(model: models.CLIP, 
 def test_pairs_that_are_not_there_are_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(DataConfigError, match=r"^--val-data .*nowhere\.tar"):
         build(EvalConfig(), DataConfig(val_data=str(tmp_path / "nowhere.tar")))
+
+
+def test_another_number_of_images_than_the_suite_says_is_an_error_not_a_score(
+    model: models.CLIP, labelled_set: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "suite.yaml").write_text(f"sets: [{{name: shapes, url: {labelled_set}, num_samples: 12}}]\n")
+    evaluator = build(EvalConfig(eval_suite=(str(tmp_path / "suite.yaml"),)))
+    with pytest.raises(DataConfigError, match=r"^suite\.yaml: shapes: 11 samples, but num_samples is 12"):
+        evaluator.evaluate_sets(model, evaluator.labels())
+
+
+def test_retrieval_sets_and_probes_have_names_of_their_own(
+    model: models.CLIP, labelled_set: Path, tmp_path: Path
+) -> None:
+    (shard,) = write_shards(tmp_path / "coco" / "test", [5], captions=lambda index: f"no {index}\nnumber {index}")
+    shard.rename(shard.with_name("0.tar"))
+    (tmp_path / "coco" / "test" / "nshards.txt").write_text("1\n")
+    shutil.copytree(labelled_set / "test", labelled_set / "train")
+    sets = EvalConfig(retrieval_data=(f"coco={tmp_path}/coco",), linear_probe_data=(f"shapes={labelled_set}",))
+    evaluator = build(sets)
+    figures = evaluator.evaluate_sets(model, evaluator.labels()) or {}
+    assert (figures["val/coco-num_samples"], figures["val/coco-num_captions"]) == (5, 10)
+    assert {"val/coco-text_to_image_R@5", "val/shapes-linear_probe-top1"} <= figures.keys()
+
+
+def test_our_own_templates_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write_labelled(tmp_path / "set", templates=())
+    with caplog.at_level(logging.INFO):
+        build(EvalConfig(zeroshot_data=(f"shapes={root}",)))
+    assert "shapes: no zeroshot_classification_templates.txt, so 6 templates of our own" in caplog.text

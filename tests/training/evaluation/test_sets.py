@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.helpers.shards import draw_image
 from tests.training.evaluation.conftest import CLASSES, TEMPLATES, write_labelled
@@ -116,6 +117,79 @@ def test_imagenet_folders_get_timms_names(tmp_path: Path) -> None:
     assert found.classnames[2].startswith("crane") or "," in found.classnames[2]
 
 
+def test_imagenet_may_have_openclips_prompts(tmp_path: Path) -> None:
+    root = write_folders(tmp_path / "val", ("n01440764", "n02012849"))
+    found = sets.open_labelled_set(spec_of(imagenet_val=str(root), imagenet_prompts="openclip"))
+    assert found.classnames == ("tench", "crane bird")
+    assert len(found.templates) == 80
+    assert found.has_own_templates
+
+
 def test_a_folder_that_is_no_imagenet_class_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="n99999999 is none of the 1000 classes"):
         open_imagenet(str(write_folders(tmp_path / "val", ("n01440764", "n99999999"))))
+
+
+def test_a_list_of_pictures_and_labels_is_a_set(tmp_path: Path) -> None:
+    for index in range(4):
+        draw_image(index).save(tmp_path / f"{index}.png")
+    rows = "".join(f"{index}.png,{('dog', 'cat')[index % 2]}\n" for index in range(4))
+    (tmp_path / "labels.csv").write_text(f"filepath,label\n{rows}")
+    found = open_labelled_set(str(tmp_path / "labels.csv"))
+    assert (found.spec.name, found.classnames) == ("labels", ("cat", "dog"))
+    (batch,) = found.read(0, 1, lambda image: torch.zeros(3), 8, 1)
+    assert batch.labels is not None
+    assert batch.labels.tolist() == [1, 0, 1, 0]
+    (tmp_path / "classnames.txt").write_text("dog\ncat\n")
+    assert open_labelled_set(str(tmp_path / "labels.csv")).classnames == ("dog", "cat")
+
+
+def test_a_label_that_is_no_class_is_named(tmp_path: Path) -> None:
+    draw_image(0).save(tmp_path / "a.png")
+    (tmp_path / "labels.csv").write_text("filepath,label\na.png,owl\n")
+    (tmp_path / "classnames.txt").write_text("dog\ncat\n")
+    with pytest.raises(DataConfigError, match=r"'owl' is neither a number nor one of the 2 class names"):
+        open_labelled_set(str(tmp_path / "labels.csv"))
+
+
+def test_an_image_folder_may_have_splits(tmp_path: Path) -> None:
+    write_folders(tmp_path / "set" / "train", ("cat", "dog"))
+    write_folders(tmp_path / "set" / "val", ("cat", "dog"))
+    spec = spec_of(linear_probe_data=(f"pets={tmp_path / 'set'}",))
+    found = sets.open_labelled_set(spec, splits=("train", "test"))
+    assert found.classnames == ("cat", "dog")
+
+
+def test_a_probe_needs_a_training_split(labelled_set: Path) -> None:
+    spec = spec_of(linear_probe_data=(f"shapes={labelled_set}",))
+    with pytest.raises(DataConfigError, match=r"^--linear-probe-data shapes=.*found neither train/nshards\.txt"):
+        sets.open_labelled_set(spec, splits=("train", "test"))
+
+
+def test_folders_that_are_numbers_are_sorted_as_numbers(tmp_path: Path) -> None:
+    root = write_folders(tmp_path / "set", tuple(str(number) for number in range(12)))
+    assert open_labelled_set(f"digits={root}").classnames == tuple(str(number) for number in range(12))
+
+
+def test_imagenet_v2s_thousand_numbers_get_timms_names(tmp_path: Path) -> None:
+    for number in range(1000):
+        (tmp_path / "v2" / str(number)).mkdir(parents=True)
+    draw_image(0).save(tmp_path / "v2" / "0" / "one.jpg")
+    found = sets.open_labelled_set(spec_of(imagenet_v2=str(tmp_path / "v2")))
+    assert found.classnames[:2] == ("tench", "goldfish")
+
+
+def test_names_and_templates_may_be_files_elsewhere(tmp_path: Path) -> None:
+    write_folders(tmp_path / "sets" / "pets", ("n1", "n2"))
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    (tmp_path / "templates.txt").write_text("my {c}\n")
+    entry = "{name: pets, classnames: names.txt, templates: templates.txt, num_classes: 2}"
+    (tmp_path / "suite.yaml").write_text(f"root: sets\nsets: [{entry}]\n")
+    found = sets.open_labelled_set(spec_of(eval_suite=(str(tmp_path / "suite.yaml"),)))
+    assert (found.classnames, found.templates) == (("cat", "dog"), ("my {c}",))
+
+
+def test_another_number_of_classes_than_announced_is_refused_at_the_start(labelled_set: Path, tmp_path: Path) -> None:
+    (tmp_path / "suite.yaml").write_text(f"sets: [{{name: shapes, url: {labelled_set}, num_classes: 8}}]\n")
+    with pytest.raises(DataConfigError, match=r"suite\.yaml: shapes: 7 classes, but num_classes is 8"):
+        sets.open_labelled_set(spec_of(eval_suite=(str(tmp_path / "suite.yaml"),)))
