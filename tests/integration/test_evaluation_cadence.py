@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -217,6 +220,31 @@ def test_a_dry_run_refuses_it_too(attempt: Attempt, caplog: pytest.LogCaptureFix
     flags = ("--dry-run", "--dry-run-world-size", "4", "--val-every-n-samples", "31")
     assert main([*attempt.argv(), *flags]) == 2
     assert "--val-every-n-samples 31 is less than the 32 samples of one step" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seconds_a_batch", "is_told"), [(0.7, False), (4.0, True)])
+def test_a_long_evaluation_is_no_stall_but_one_that_stands_still_is(
+    course_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds_a_batch: float, is_told: bool
+) -> None:
+    module = sys.modules["training.evaluation.zeroshot"]  # the package has a function of that name
+    calls, encode = iter(range(1000)), module.encode_images  # type: ignore[attr-defined]
+
+    def slowly(*args: Any) -> Any:
+        if not is_told or next(calls) == 0:
+            time.sleep(seconds_a_batch)
+        return encode(*args)
+
+    monkeypatch.setattr(module, "encode_images", slowly)
+    flags = ("--zeroshot-frequency", "0", "--zeroshot-every-n-steps", "5", "--batch-size", "1", "--stall-timeout", "2")
+    attempt = Attempt(Course("slow", epochs=1, flags=flags), course_data, tmp_path)
+    assert main([*attempt.argv(), "--stop-after-steps", "5"]) == 75
+    log = (attempt.run_dir / "train.log").read_text()
+    assert ("no progress for" in log) is is_told
+    (record,) = [record for record in records(attempt) if ZEROSHOT in record]
+    assert record["step"] == 5
+    took = re.search(r"evaluated: shapes (\d+\.\d) s", log)
+    assert took is not None and float(took[1]) > 3
 
 
 @pytest.mark.slow
