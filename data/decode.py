@@ -16,7 +16,7 @@ import numpy as np
 import simplejpeg
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from data.samples import SampleError
 
@@ -44,6 +44,8 @@ def decode_rgb(data: bytes, max_pixels: int, smallest: tuple[int, int] = (0, 0))
         raise
     except Image.DecompressionBombError as error:
         raise SampleError("too_many_pixels", str(error)) from error
+    except UnidentifiedImageError as error:
+        raise SampleError("undecodable_image", f"{len(data)} bytes that are no image of a known format") from error
     except Exception as error:  # Decoders fed with arbitrary bytes raise almost anything: struct.error, KeyError...
         raise SampleError("undecodable_image", str(error)) from error
 

@@ -51,7 +51,7 @@ def shards_of(root: str, split: str) -> list[str]:
         raise DataError(
             f"evaluation set {mask_url(root)}: there is no {split}/nshards.txt, which says how many tars there are"
         )
-    for folder in (root, join(root, split)):
+    for folder in (root, join(root, split)) if split == "test" else (join(root, split),):
         if any(name.endswith(".tar") for name in _names_in(local_path(folder))):
             return list(expand_sources(folder)[0].urls)
     raise DataError(
@@ -75,6 +75,16 @@ def numbered_shards(root: str, split: str) -> list[str]:
     if is_local(root):
         _check_present(local_path(join(root, split)), count)
     return [join(root, f"{split}/{number}.tar") for number in range(count)]
+
+
+def check_split(url: str, split: str) -> None:
+    """Raises DataConfigError for a set that has only one split, which is the one to be tested on."""
+    is_one = is_pipe(url) or not is_folder(url)
+    if split != "test" and (is_one or (image_root(url, split) == url and class_folders(url))):
+        raise DataConfigError(
+            f"evaluation set {mask_url(url)} has no split {split!r}: {split}/nshards.txt with its tars, or a folder "
+            f"{split}/ with a folder of images for each class"
+        )
 
 
 def is_folder(url: str) -> bool:

@@ -23,6 +23,7 @@ from data.captions import CaptionConfig, caption_of
 from data.decode import decode_rgb
 from data.errors import DataConfigError, DataError, ShardError, StorageError
 from data.eval_layout import (
+    check_split,
     class_folders,
     image_root,
     is_folder,
@@ -213,6 +214,7 @@ def _read_cut(cut: tuple[Source, ...], reader: ShardReader) -> Iterator[RawSampl
 
 
 def _labelled(url: str, split: str) -> Iterator[_Item]:
+    check_split(url, split)
     if url.endswith(_LISTS):
         names = class_names_of(url) or []
         return _items(_rows(url), lambda raw: _label_in_list(raw, names))

@@ -166,6 +166,20 @@ def test_a_probe_needs_a_training_split(labelled_set: Path) -> None:
         sets.open_labelled_set(spec, splits=("train", "test"))
 
 
+@pytest.mark.parametrize("kind", ["list", "folders", "tars"])
+def test_a_set_without_splits_is_not_probed_on_what_it_was_fitted_on(tmp_path: Path, kind: str) -> None:
+    if kind == "list":
+        draw_image(0).save(tmp_path / "a.png")
+        (tmp_path / "set.csv").write_text("filepath,label\na.png,cat\n")
+    elif kind == "folders":
+        write_folders(tmp_path / "set", ("cat", "dog"))
+    else:
+        (write_labelled(tmp_path / "set", counts=(3,)) / "test" / "0.tar").rename(tmp_path / "set" / "0.tar")
+    url = tmp_path / ("set.csv" if kind == "list" else "set")
+    with pytest.raises(DataConfigError, match=r"no split 'train'|neither train/nshards\.txt"):
+        sets.open_labelled_set(spec_of(linear_probe_data=(f"set={url}",)), splits=("train", "test"))
+
+
 def test_folders_that_are_numbers_are_sorted_as_numbers(tmp_path: Path) -> None:
     root = write_folders(tmp_path / "set", tuple(str(number) for number in range(12)))
     assert open_labelled_set(f"digits={root}").classnames == tuple(str(number) for number in range(12))
