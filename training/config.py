@@ -320,6 +320,15 @@ class EvalConfig:
     eval_root: str | None = option(None, "where the sets of --eval-suite are, with {name} for a set's name")
     zeroshot_frequency: int = option(2, "epochs between zero-shot evaluations; the last epoch always; 0 is never")
     val_frequency: int = option(1, "epochs between passes over --val-data; the last epoch always; 0 is never")
+    zeroshot_every_n_steps: int | None = option(None, "zero-shot evaluations between the ends of epochs too, by steps")
+    zeroshot_every_n_samples: int | None = option(
+        None, "the same by samples seen on all ranks: at the first step behind each multiple of it"
+    )
+    val_every_n_steps: int | None = option(None, "passes over --val-data between the ends of epochs too, by steps")
+    val_every_n_samples: int | None = option(None, "the same by samples seen on all ranks")
+    evaluate_first: bool = option(
+        False, "evaluate before the first step, as what fine-tuning starts from; a run that resumes has done so"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -143,6 +143,12 @@ class Console:
             text = ", ".join(part for part in parts if part)
             logger.info("%s", text, extra={_FILE_ONLY: self._bar is not None})
 
+    def paused(self, step: int, seconds: float) -> None:
+        """After `step` steps, something else took so long: it does not count for the pace."""
+        self._pace.paused(step, seconds)
+        if self._bar is not None:
+            self._bar.last_print_t += seconds
+
     def line(self, text: str) -> None:
         """One line for the person who watches, above the bar and in `train.log`."""
         if self._is_main:
@@ -160,11 +166,22 @@ class Console:
 
 
 class _Pace:
-    """Seconds per step since the last lines, smoothed, so that start-up and evaluation soon leave the estimate."""
+    """Seconds per step since the last lines, smoothed, so that start-up soon leaves the estimate.
+
+    Pauses are long and rare: what they cost a step up to the last of them is expected of the steps to come.
+    """
 
     def __init__(self, start_step: int):
         self._step, self._time = start_step, time.monotonic()
+        self._start_step = start_step
+        self._paused_s = self._paused_s_per_step = 0.0
         self._seconds_per_step: float | None = None
+
+    def paused(self, step: int, seconds: float) -> None:
+        self._time += seconds
+        if step > self._start_step:  # what comes before the first step comes once
+            self._paused_s += seconds
+            self._paused_s_per_step = self._paused_s / (step - self._start_step)
 
     def seconds_left(self, step: int, total: int) -> float:
         now = time.monotonic()
@@ -173,7 +190,7 @@ class _Pace:
             old = self._seconds_per_step
             self._seconds_per_step = recent if old is None else 0.7 * old + 0.3 * recent
             self._step, self._time = step, now
-        return (self._seconds_per_step or 0.0) * max(0, total - step)
+        return ((self._seconds_per_step or 0.0) + self._paused_s_per_step) * max(0, total - step)
 
 
 def describe(values: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from training.config import TrainConfig
 from training.console import logging_to
 from training.distributed import World, pick_device
 from training.errors import EXIT_DONE
+from training.evaluation.schedule import check_cadences
 from training.footprint import Footprint, bytes_of
 from training.launch import Launch
 from training.learner import Learner, build_learner
@@ -63,6 +64,7 @@ def dry_run(config: TrainConfig) -> int:
         open_tokenizer(model_config, origin, world)
         samples = _samples(config, world)
         plan = make_plan(config.optim, samples.per_epoch, world.size)
+        check_cadences(config.eval, plan)
         settings = loader_config(config, samples, plan, model_config)
         log.info("world: rank 0 of %d pretended ranks on %s", world.size, world.device)
         log.info("plan: %s, %d samples an epoch", plan, samples.per_epoch)

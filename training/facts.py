@@ -11,6 +11,7 @@ import models
 from training.checkpoint import LoadedCheckpoint, Progress, StartState
 from training.config import RunConfig, TrainConfig
 from training.distributed import World
+from training.evaluation.schedule import check_cadences
 from training.folder import RunFolder
 from training.launch import restarts_in_vain
 from training.origin import open_tokenizer, read_origin, tell_preprocess
@@ -61,6 +62,7 @@ def settle(config: TrainConfig, world: World, folder: RunFolder, start: StartSta
     parse_report_to(config.log.report_to)
     samples = find_samples(config, world)
     plan = make_plan(config.optim, samples.per_epoch, world.size)
+    check_cadences(config.eval, plan)
     progress = start_progress(loaded, plan)
     return Facts(config, world, folder, start, loaded, model, tokenizer, teacher, samples, plan, progress, cut_padding)
 

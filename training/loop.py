@@ -28,14 +28,14 @@ class Job:
     reporter: Reporter
     saver: Saver
     roll_back: Callable[[RollbackDue], int]  # the step to go on from
-    evaluate: Callable[[int], bool]  # by completed steps, at the end of an epoch; False when it was stopped
-    evaluate_first: bool  # the start is the end of an epoch whose evaluation is missing
+    evaluate: Callable[[int], bool]  # what is due after so many steps, if anything; False when it was stopped
+    evaluate_first: bool  # what is due at the start is missing
     cadence: Cadence
     settle: Callable[[], None]  # the first step is done
 
 
 class Cadence:
-    """When a checkpoint between epochs is due, by steps or by the clock, and where the run is told to stop."""
+    """When a checkpoint is due, by epochs, steps or the clock, and where the run is told to stop."""
 
     def __init__(self, run: RunConfig, plan: Plan, start_step: int):
         self._run = run
@@ -49,12 +49,13 @@ class Cadence:
         return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
     def saves(self, done: int) -> bool:
-        """True when --save-every-n-steps is due after `done` steps."""
+        """True when a checkpoint is due after `done` steps, whatever the clock says."""
         every = self._run.save_every_n_steps
-        return every is not None and done % every == 0
+        if every is not None and done % every == 0:
+            return True
+        return self._plan.ends_epoch(done) and self._saves_epoch(self._plan.epoch_of(done))
 
-    def saves_epoch(self, epoch: int) -> bool:
-        """True when a checkpoint is due at the end of `epoch`."""
+    def _saves_epoch(self, epoch: int) -> bool:
         return self._run.save_most_recent or keeps_epoch(self._run, epoch, self._plan)
 
     def stops(self, done: int) -> bool:
@@ -92,30 +93,21 @@ def _run_from(job: Job, start: int) -> bool:
         if done == job.start_step + 1:
             job.saver.reserve()
             job.settle()
-        if job.plan.ends_epoch(done):
-            if not _end_epoch(job, done):
-                return False
-        elif job.feed.save_requested or job.cadence.saves(done):
+        # Order matters: a kill during a long evaluation must not cost what led up to it.
+        if job.feed.save_requested or job.cadence.saves(done):
             _save(job, done)
+        if not job.evaluate(done):
+            # What was stopped is made up for after the resume.
+            _save(job, done)
+            return False
         if job.cadence.stops(done) and done < job.plan.total_steps:
             _save(job, done)
             return False
     return True
 
 
-def _end_epoch(job: Job, done: int) -> bool:
-    """Save, then evaluate. False when the evaluation was stopped; it is made up for after the resume."""
-    # Order matters: a kill during a long evaluation must not cost the epoch.
-    if job.cadence.saves_epoch(job.plan.epoch_of(done)) or job.cadence.saves(done) or job.feed.save_requested:
-        _save(job, done)
-    if job.evaluate(done):
-        return True
-    _save(job, done)
-    return False
-
-
 def _save(job: Job, done: int) -> None:
     job.guard.settle()
-    with job.reporter.pause("checkpoint"):
+    with job.reporter.pause("checkpoint", done):
         job.saver.save(done, job.feed)
     job.cadence.saved()

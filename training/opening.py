@@ -13,6 +13,7 @@ from training.checkpoint import Checkpointer
 from training.config import to_flat
 from training.console import Console
 from training.evaluation import Evaluator
+from training.evaluation.schedule import check_sets, describe_cadences, due_after
 from training.facts import Facts
 from training.feed import Feed
 from training.folder import RunFolder
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 def build_evaluator(facts: Facts, preemption: Preemption) -> Evaluator:
     """Checks the evaluation sets at once, so that a wrong path does not cost an epoch."""
     config = facts.config
-    return Evaluator(
+    evaluator = Evaluator(
         config.eval,
         config.data,
         facts.tokenizer,
@@ -50,35 +51,46 @@ def build_evaluator(facts: Facts, preemption: Preemption) -> Evaluator:
         should_stop=lambda: preemption.requested() is not None,
         precision=config.model.precision,
     )
+    check_sets(config.eval, bool(evaluator.labels(val=False)), bool(evaluator.labels(zeroshot=False)))
+    if evaluator.labels():
+        log.info("evaluation: %s", describe_cadences(config.eval))
+    return evaluator
 
 
-def evaluate_learner(evaluator: Evaluator, learner: Learner, epoch: int, is_last: bool) -> dict[str, float] | None:
-    """The due figures of the weights and, under `val/ema/`, of their average. None when stopped. Collective."""
-    figures = evaluator.evaluate(learner.wrapped, epoch=epoch, is_last=is_last)
+def due_sets(facts: Facts, evaluator: Evaluator, step: int) -> list[str]:
+    """The sets that are to be evaluated after `step` steps."""
+    due = due_after(facts.config.eval, facts.plan, step)
+    return evaluator.labels(zeroshot=due.zeroshot, val=due.val)
+
+
+def evaluate_learner(evaluator: Evaluator, learner: Learner, labels: list[str]) -> dict[str, float] | None:
+    """The figures of the weights and, under `val/ema/`, of their average. None when stopped. Collective."""
+    figures = evaluator.evaluate_sets(learner.wrapped, labels)
     if not figures or learner.ema is None:
         return figures
     log.info("the same of the averaged weights:")
     with learner.ema.in_place_of_weights():
-        averaged = evaluator.evaluate(learner.wrapped, epoch=epoch, is_last=is_last)
+        averaged = evaluator.evaluate_sets(learner.wrapped, labels)
     if averaged is None:
         return None
     return figures | {name.replace("val/", "val/ema/", 1): value for name, value in averaged.items()}
 
 
 def evaluation_missing(facts: Facts, evaluator: Evaluator) -> bool:
-    """True when the start is the end of an epoch whose evaluation was cut off."""
-    step, plan = facts.progress.step, facts.plan
-    if step == 0 or not plan.ends_epoch(step):
+    """True when an evaluation was due where the run begins, and was cut off or is the first of all."""
+    loaded, progress = facts.loaded, facts.progress
+    if loaded is not None and progress.step == 0:
+        return False  # A larger global batch has made no step of the samples seen: the first evaluation was before.
+    if not due_sets(facts, evaluator, progress.step):
         return False
-    if not evaluator.due(plan.epoch_of(step), step >= plan.total_steps):
-        return False
-    return not facts.world.on_main(lambda: _was_evaluated(facts.folder, step))
+    # By samples: another global batch numbers the steps anew.
+    return loaded is None or not facts.world.on_main(lambda: _was_evaluated(facts.folder, progress.samples_seen))
 
 
-def _was_evaluated(folder: RunFolder, step: int) -> bool:
+def _was_evaluated(folder: RunFolder, samples_seen: int) -> bool:
     if not folder.metrics.exists():
         return False
-    records = (record for record in read_metrics(folder.metrics) if record["step"] == step)
+    records = (record for record in read_metrics(folder.metrics) if record.get("samples_seen") == samples_seen)
     return any(name.startswith("val/") for record in records for name in record)
 
 
@@ -160,9 +172,15 @@ def open_job(
             tokenizer=models.TokenizerIdentity.of(facts.tokenizer),
         )
 
+        guard = NonFiniteGuard(config.optim, world, reporter.event)
+
         def evaluate(done: int) -> bool:
-            with reporter.pause("evaluation"):
-                figures = evaluate_learner(evaluator, learner, plan.epoch_of(done), done >= plan.total_steps)
+            if not (labels := due_sets(facts, evaluator, done)):
+                return True
+            # Host sync: the step that still runs is no part of the evaluation's time.
+            guard.settle()
+            with reporter.pause("evaluation", done):
+                figures = evaluate_learner(evaluator, learner, labels)
             reporter.evaluation(done, figures or {})
             return figures is not None
 
@@ -172,7 +190,7 @@ def open_job(
             step=train_step,
             rate=lambda done: learning_rate(config.optim, plan, done),
             feed=feed,
-            guard=NonFiniteGuard(config.optim, world, reporter.event),
+            guard=guard,
             reporter=reporter,
             saver=saver,
             roll_back=build_rollback(facts, learner, saver, reporter, feed, uploader),

@@ -67,8 +67,11 @@ class Reporter:
         return True
 
     @contextmanager
-    def pause(self, kind: str) -> Iterator[None]:
-        """Inside, training stands still for a `checkpoint` or an `evaluation`: the next record's time, not a step's."""
+    def pause(self, kind: str, done: int) -> Iterator[None]:
+        """Inside, after `done` steps, training stands still for a `checkpoint` or an `evaluation`.
+
+        Its time is the next record's to tell, and counts neither for a step nor for its data.
+        """
         started = time.perf_counter()
         try:
             yield
@@ -76,6 +79,7 @@ class Reporter:
             seconds = time.perf_counter() - started
             self._paused_s[kind] += seconds
             self._since += seconds
+            self._console.paused(done, seconds)
 
     def evaluation(self, done: int, values: Mapping[str, float]) -> None:
         """Write the figures of an evaluation."""

@@ -18,7 +18,9 @@ from tests.helpers.nursery import Child, Nursery
 
 COURSES = (
     Course("often", flags=("--save-every-n-steps", "1", "--keep-last", "2")),
-    Course("two ranks", world_size=2, flags=("--save-every-n-steps", "2", "--keep-last", "1")),
+    Course(
+        "two ranks", world_size=2, flags=("--save-every-n-steps", "2", "--keep-last", "1", "--val-every-n-steps", "4")
+    ),
     Course("workers", workers=2, flags=("--save-every-n-steps", "1", "--delete-previous-checkpoint")),
     Course("remote", epochs=6, flags=("--save-every-n-steps", "1", "--keep-last", "1"), remote=True),
     Course("rarely", epochs=6, flags=("--save-every-n-steps", "4", "--save-frequency", "2")),

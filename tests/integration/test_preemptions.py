@@ -24,7 +24,7 @@ from training.preemption import Preemption
 COURSES = (
     Course("two ranks", world_size=2, epochs=4, flags=("--save-every-n-steps", "3", "--keep-last", "1")),
     Course("two ranks, a worker each", world_size=2, workers=1, epochs=4, flags=("--save-frequency", "2")),
-    Course("one rank", workers=1, epochs=4),
+    Course("one rank", workers=1, epochs=4, flags=("--zeroshot-every-n-steps", "4", "--evaluate-first")),
 )
 NUMBERS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGUSR1)
 MOMENT = "any moment"

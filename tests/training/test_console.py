@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import time
 import warnings
 from pathlib import Path
 
@@ -124,3 +126,41 @@ def test_a_line_says_what_is_known(values: dict[str, float], text: str) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3723, "1:02:03"), (90000, "25:00:00")])
 def test_durations_read_like_a_clock(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+def test_time_left_counts_a_pause_neither_for_the_steps_around_it_nor_as_the_last_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with logging_to(None), Console("lines", total_steps=1000) as console:
+        now[0] += 3600
+        console.paused(0, 3600)  # before the first step: comes once
+        for step in range(100, 501, 100):
+            now[0] += 100
+            if step == 300:
+                now[0] += 50
+                console.paused(250, 50)
+            console.step(step, VALUES)
+    left = [line.split(", ")[-1] for line in capsys.readouterr().err.splitlines()]
+    # A second a step; from the pause on a fifth of one more.
+    assert left == ["15:00 left", "13:20 left", "14:00 left", "12:00 left", "10:00 left"]
+
+
+def test_a_bar_goes_on_at_its_pace_after_a_pause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    with logging_to(tmp_path), Console("bar", total_steps=100) as console:
+        for step in range(1, 11):
+            now[0] += 0.5
+            if step == 9:
+                now[0] += 600
+                console.paused(8, 600)
+                console.line("figures")
+            console.step(step)
+        shown = capsys.readouterr().err
+    assert "\rfigures\n" in shown.replace(" ", "")
+    assert " 10/100 [10:05<00:45,  2.00step/s" in shown
+    assert set(re.findall(r"[\d.]+s(?:tep)?/s(?:tep)?", shown)) == {"2.00step/s"}

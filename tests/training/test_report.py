@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from training.report import Reporter
 
 PAUSE_S = 0.2
 RESULT: Any = SimpleNamespace(loss=1.0, losses={}, scale=14.0, grad_norm=1.0)
-FEED: Any = SimpleNamespace(data_time_s=0.0, metrics=dict)
+FEED: Any = SimpleNamespace(data_time_s=0.01, metrics=dict)
 
 
 @pytest.fixture
@@ -30,9 +31,9 @@ def records(tmp_path: Path) -> list[dict[str, Any]]:
         for step in (1, 2, 3):
             reporter.step(step, RESULT, 0.1, FEED)
             if step == 2:
-                with reporter.pause("checkpoint"):
+                with reporter.pause("checkpoint", step):
                     time.sleep(PAUSE_S)
-        with reporter.pause("evaluation"):
+        with reporter.pause("evaluation", 3):
             time.sleep(PAUSE_S)
         reporter.evaluation(3, {"val/clip_val_loss": 1.0})
         reporter.step(4, RESULT, 0.1, FEED)
@@ -52,3 +53,29 @@ def test_a_pause_is_no_step_time_though_it_is_in_the_middle_of_a_window(records:
     last = records[-1]
     assert last["train/window_steps"] == 2
     assert 0 <= last["train/batch_time"] < PAUSE_S / 2
+
+
+@pytest.mark.parametrize("evaluated_at", [10, 14])
+def test_an_evaluation_counts_neither_for_the_steps_around_it_nor_for_their_data(
+    tmp_path: Path, evaluated_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(OptimConfig(batch_size=8, epochs=1, warmup=0), 800, 1)
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    with MetricsLog(tmp_path, None) as metrics, Console("lines", plan.total_steps) as console:
+        reporter = Reporter(metrics, console, plan, World(), every=10, job_time=lambda: 77.0)
+        for done in range(1, 21):
+            now[0] += 0.5
+            reporter.step(done, RESULT, 0.0, FEED)
+            if done == evaluated_at:
+                with reporter.pause("evaluation", done):
+                    now[0] += 600.0
+                reporter.evaluation(done, {"val/top1": 0.5})
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = {record["step"]: record for record in records if "train/loss" in record}
+    assert list(steps) == [1, 10, 20]
+    for record in steps.values():
+        assert record["train/batch_time"] == pytest.approx(0.5)
+        assert record["train/samples_per_second"] == pytest.approx(16)
+        assert record["train/data_time"] == pytest.approx(0.01)
+    assert [record["step"] for record in records if "val/top1" in record] == [evaluated_at]

@@ -1,8 +1,9 @@
-"""What a run measures and when: opens its sets at the start, evaluates the due ones, names the figures."""
+"""What a run measures: opens its sets at the start, evaluates those that it is told to, names the figures."""
 
 from __future__ import annotations
 
 import logging
+import time
 
 from torch import nn
 
@@ -40,7 +41,7 @@ class Evaluator:
         precision: str = "amp_bfloat16",
         tasks: dict[str, Task] | None = None,
     ):
-        self._config, self._world = config, world
+        self._world = world
         self._bench = Bench(tokenizer, preprocess, world, batch_size, workers, should_stop, precision)
         self._tasks = open_tasks(config, data, world) if tasks is None else tasks
 
@@ -49,24 +50,21 @@ class Evaluator:
         """What can be measured, by the labels of the sets."""
         return dict(self._tasks)
 
-    def due(self, epoch: int, is_last: bool) -> list[str]:
-        """Labels of the sets to be evaluated after `epoch` epochs."""
-        zeroshot_is_due = _is_due(self._config.zeroshot_frequency, epoch, is_last)
-        pairs_are_due = _is_due(self._config.val_frequency, epoch, is_last)
-        return [label for label in self._tasks if (pairs_are_due if label == PAIRS else zeroshot_is_due)]
-
-    def evaluate(self, model: nn.Module, *, epoch: int, is_last: bool) -> dict[str, float] | None:
-        """The figures of the due sets, by their names in `metrics.jsonl`; the same on every rank. Collective.
-
-        None when a rank was asked to stop meanwhile. A set that can no longer be read is reported and left out:
-        its storage must not cost the training. Raises DataConfigError for labels or counts that do not fit.
-        """
-        return self.evaluate_sets(model, self.due(epoch, is_last))
+    def labels(self, zeroshot: bool = True, val: bool = True) -> list[str]:
+        """Labels of the sets that can be measured: all but --val-data, and that."""
+        return [label for label in self._tasks if (val if label == PAIRS else zeroshot)]
 
     def evaluate_sets(self, model: nn.Module, labels: list[str], strict: bool = False) -> dict[str, float] | None:
-        """As `evaluate`, for sets by label; with `strict`, a set that cannot be read raises DataError."""
+        """The figures of sets, by their names in `metrics.jsonl`; the same on every rank. Collective.
+
+        None when a rank was asked to stop meanwhile. A set that can no longer be read is reported and left out, for
+        its storage must not cost the training; with `strict` it raises DataError. Raises DataConfigError for labels
+        or counts that do not fit.
+        """
         figures: dict[str, float] = {}
+        took: list[str] = []
         for label in labels:
+            started = time.perf_counter()
             try:
                 figures |= values_of(self.measure(model, label))
             except Stopped:
@@ -77,6 +75,9 @@ class Evaluator:
                 if strict:
                     raise
                 log.error("%s", f"{label} is left out of this evaluation: {error}")
+            took.append(f"{label} {time.perf_counter() - started:.1f} s")
+        if took:
+            log.info("evaluated: %s", ", ".join(took))
         return figures
 
     def measure(self, model: nn.Module, label: str) -> list[Figure]:
@@ -88,10 +89,6 @@ class Evaluator:
         except DataConfigError as error:
             where = self._tasks[label].spec.where
             raise error if str(error).startswith(where) else DataConfigError(f"{where}: {error}") from error
-
-
-def _is_due(frequency: int, epoch: int, is_last: bool) -> bool:
-    return frequency > 0 and (is_last or epoch % frequency == 0)
 
 
 def open_tasks(config: EvalConfig, data: DataConfig, world: World) -> dict[str, Task]:

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from data import EvalBatch
 from models import InferenceTransform
 from training.config import DataConfig
 from training.distributed import World
 from training.evaluation.classifier import build_classifier
+from training.evaluation.classifier_cache import ClassifierCache
 from training.evaluation.features import Tokenize
 from training.evaluation.feed import ShouldStop
 from training.evaluation.figures import Figure, mean_of, share
@@ -40,6 +41,7 @@ class Bench:
     workers: int = 4
     should_stop: ShouldStop | None = None
     precision: str = "fp32"
+    classifiers: ClassifierCache = field(default_factory=ClassifierCache)
 
     def batches(self, opened: LabelledSet | PairSet) -> Iterator[EvalBatch]:
         """This rank's batches of a set."""
@@ -68,14 +70,8 @@ class ZeroshotTask:
 
     def measure(self, model: nn.Module, bench: Bench) -> list[Figure]:
         labelled = self.labelled
-        classifier = build_classifier(
-            model,
-            bench.tokenizer,
-            labelled.classnames,
-            labelled.templates,
-            bench.precision,
-            bench.world,
-            bench.should_stop,
+        classifier = bench.classifiers.get(
+            model, (labelled.classnames, labelled.templates), lambda: self._build(model, bench), bench.world
         )
         found = zeroshot(
             model,
@@ -90,6 +86,17 @@ class ZeroshotTask:
         self.spec.manifest.check(self.spec.where, num_samples=found["num_samples"])
         _tell(self.spec, found, len(labelled.classnames))
         return _classified(self.spec, found)
+
+    def _build(self, model: nn.Module, bench: Bench) -> Tensor:
+        return build_classifier(
+            model,
+            bench.tokenizer,
+            self.labelled.classnames,
+            self.labelled.templates,
+            bench.precision,
+            bench.world,
+            bench.should_stop,
+        )
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""What a run asks of its evaluation: when, under which names, and what happens when it goes wrong."""
+"""What a run asks of its evaluation: which sets, under which names, and what happens when it goes wrong."""
 
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +43,7 @@ def pairs(tmp_path: Path) -> str:
 
 def test_figures_have_the_names_of_the_contract(model: models.CLIP, labelled_set: Path, pairs: str) -> None:
     evaluator = build(EvalConfig(zeroshot_data=(f"shapes={labelled_set}",)), DataConfig(val_data=pairs))
-    figures = evaluator.evaluate(model, epoch=2, is_last=False)
+    figures = evaluator.evaluate_sets(model, evaluator.labels())
     assert figures is not None
     expected = {
         "shapes-zeroshot-top1",
@@ -57,30 +58,32 @@ def test_figures_have_the_names_of_the_contract(model: models.CLIP, labelled_set
 
 def test_imagenet_keeps_openclips_name(model: models.CLIP, labelled_set: Path) -> None:
     evaluator = build(EvalConfig(imagenet_val=str(labelled_set)))
-    assert "val/imagenet-zeroshot-val-top1" in (evaluator.evaluate(model, epoch=2, is_last=False) or {})
+    assert "val/imagenet-zeroshot-val-top1" in (evaluator.evaluate_sets(model, evaluator.labels()) or {})
 
 
-def test_frequencies_count_epochs_and_the_last_epoch_always_counts(labelled_set: Path, pairs: str) -> None:
-    sets = EvalConfig(zeroshot_data=(f"shapes={labelled_set}",), zeroshot_frequency=2, val_frequency=3)
-    evaluator = build(sets, DataConfig(val_data=pairs))
-    assert evaluator.due(1, is_last=False) == []
-    assert evaluator.due(2, is_last=False) == ["shapes"]
-    assert evaluator.due(3, is_last=False) == ["val"]
-    assert evaluator.due(5, is_last=True) == ["shapes", "val"]
+def test_sets_are_asked_for_in_two_groups(labelled_set: Path, pairs: str) -> None:
+    evaluator = build(EvalConfig(zeroshot_data=(f"shapes={labelled_set}",)), DataConfig(val_data=pairs))
+    assert evaluator.labels() == ["shapes", "val"]
+    assert evaluator.labels(val=False) == ["shapes"]
+    assert evaluator.labels(zeroshot=False) == ["val"]
 
 
-def test_a_frequency_of_zero_means_never(labelled_set: Path) -> None:
-    evaluator = build(EvalConfig(zeroshot_data=(f"shapes={labelled_set}",), zeroshot_frequency=0))
-    assert evaluator.due(2, is_last=True) == []
+def test_the_log_says_how_long_each_set_took(
+    model: models.CLIP, labelled_set: Path, pairs: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluator = build(EvalConfig(zeroshot_data=(f"shapes={labelled_set}",)), DataConfig(val_data=pairs))
+    with caplog.at_level(logging.INFO):
+        evaluator.evaluate_sets(model, ["shapes", "val"])
+    assert re.search(r"evaluated: shapes \d+\.\d s, val \d+\.\d s$", caplog.text, re.MULTILINE)
 
 
-def test_nothing_due_measures_nothing(model: models.CLIP) -> None:
-    assert build(EvalConfig()).evaluate(model, epoch=1, is_last=True) == {}
+def test_no_sets_measure_nothing(model: models.CLIP) -> None:
+    assert build(EvalConfig()).evaluate_sets(model, []) == {}
 
 
 def test_the_figures_do_not_depend_on_the_batch_size(model: models.CLIP, labelled_set: Path, pairs: str) -> None:
     sets, data = EvalConfig(zeroshot_data=(f"shapes={labelled_set}",)), DataConfig(val_data=pairs)
-    small, large = (build(sets, data, batch_size=size).evaluate(model, epoch=2, is_last=True) for size in (3, 64))
+    small, large = (build(sets, data, batch_size=size).evaluate_sets(model, ["shapes", "val"]) for size in (3, 64))
     assert small is not None
     assert small == pytest.approx(large, abs=1e-5)
 
@@ -88,7 +91,7 @@ def test_the_figures_do_not_depend_on_the_batch_size(model: models.CLIP, labelle
 def test_a_stop_ends_the_evaluation_without_figures(model: models.CLIP, labelled_set: Path) -> None:
     evaluator = build(EvalConfig(zeroshot_data=(f"shapes={labelled_set}",)), should_stop=stopper(1))
     model.train()
-    assert evaluator.evaluate(model, epoch=2, is_last=True) is None
+    assert evaluator.evaluate_sets(model, evaluator.labels()) is None
     assert model.training
 
 
@@ -103,7 +106,7 @@ def test_a_broken_image_is_named_and_does_not_end_the_training(
     root = write_labelled(tmp_path / "set", broken=9)
     evaluator = build(EvalConfig(zeroshot_data=(f"shapes={root}",)))
     with caplog.at_level(logging.ERROR):
-        assert evaluator.evaluate(model, epoch=2, is_last=True) == {}
+        assert evaluator.evaluate_sets(model, evaluator.labels()) == {}
     assert "s0000009" in caplog.text
     assert "2.tar" in caplog.text
     with pytest.raises(DataError, match="s0000009"):
@@ -129,7 +132,7 @@ def test_files_that_go_while_a_run_goes_on_do_not_end_it(
 def test_another_number_of_pairs_than_announced_is_an_error(model: models.CLIP, pairs: str) -> None:
     evaluator = build(EvalConfig(), DataConfig(val_data=pairs, val_num_samples=8))
     with pytest.raises(DataConfigError, match=r"^--val-data .*: 7 samples, but --val-num-samples is 8"):
-        evaluator.evaluate(model, epoch=1, is_last=True)
+        evaluator.evaluate_sets(model, evaluator.labels())
 
 
 def test_pairs_that_are_not_there_are_refused_at_the_start(tmp_path: Path) -> None:
@@ -143,7 +146,7 @@ def test_another_number_of_images_than_the_suite_says_is_an_error_not_a_score(
     (tmp_path / "suite.yaml").write_text(f"sets: [{{name: shapes, url: {labelled_set}, num_samples: 12}}]\n")
     evaluator = build(EvalConfig(eval_suite=(str(tmp_path / "suite.yaml"),)))
     with pytest.raises(DataConfigError, match=r"^suite\.yaml: shapes: 11 samples, but num_samples is 12"):
-        evaluator.evaluate(model, epoch=2, is_last=True)
+        evaluator.evaluate_sets(model, evaluator.labels())
 
 
 def test_retrieval_sets_and_probes_have_names_of_their_own(
@@ -154,7 +157,8 @@ def test_retrieval_sets_and_probes_have_names_of_their_own(
     (tmp_path / "coco" / "test" / "nshards.txt").write_text("1\n")
     shutil.copytree(labelled_set / "test", labelled_set / "train")
     sets = EvalConfig(retrieval_data=(f"coco={tmp_path}/coco",), linear_probe_data=(f"shapes={labelled_set}",))
-    figures = build(sets).evaluate(model, epoch=2, is_last=True) or {}
+    evaluator = build(sets)
+    figures = evaluator.evaluate_sets(model, evaluator.labels()) or {}
     assert (figures["val/coco-num_samples"], figures["val/coco-num_captions"]) == (5, 10)
     assert {"val/coco-text_to_image_R@5", "val/shapes-linear_probe-top1"} <= figures.keys()
 

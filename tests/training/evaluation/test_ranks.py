@@ -32,7 +32,7 @@ def evaluate(labelled: str, pairs: str, world: World, stop_rank: int = -1) -> di
         should_stop=lambda: world.rank == stop_rank,
         precision="fp32",
     )
-    return evaluator.evaluate(model, epoch=2, is_last=True)
+    return evaluator.evaluate_sets(model, evaluator.labels())
 
 
 def on_rank(labelled: str, pairs: str, stop_rank: int = -1) -> dict[str, float] | str | None:
