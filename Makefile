@@ -23,8 +23,9 @@ help: ## this list
 demo: $(BASE) ## draw a data set, train a small CLIP on it, evaluate it zero-shot
 	@$(RUN) -m scripts.demo $(ARGS)
 
+# Much of a test is waiting for processes. A file stays with one worker: its fixtures are made once.
 test: $(FULL) ## all tests but torture, bench and the slow ones of parity
-	@$(RUN) -m pytest -m "not torture and not bench and not (parity and slow)" $(ARGS)
+	@$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not torture and not bench and not (parity and slow)" $(ARGS)
 
 quick: $(FULL) ## the tests that take seconds
 	@$(RUN) -m pytest -q -m "not slow and not torture and not bench" $(ARGS)

@@ -1,10 +1,10 @@
-"""Fixtures of all rooms: a quiet environment, an S3 server, shards, a two-node Slurm."""
+"""Fixtures of all rooms: a quiet environment, an S3 server, shards, a two-node Slurm; and tests that run alone."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 # Ranks, loader workers and servers share few cores; set before anything imports torch.
@@ -15,6 +15,17 @@ import pytest
 from tests.helpers import slurm
 from tests.helpers.s3 import S3Server, serve_s3, without_aws_account
 from tests.helpers.shards import write_shards
+from tests.helpers.turnstile import turn
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A test marked `alone` has the machine for itself, its fixtures included, where workers run tests at once."""
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    # Each worker has a folder in that of the session.
+    with turn(Path(item.config.getoption("basetemp")).parent, alone=item.get_closest_marker("alone") is not None):
+        return (yield)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +16,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.helpers.gloo import gloo_group, run_ranks
-from tests.helpers.process import Running
+from tests.helpers.gloo import FIRST_PORT, free_port, gloo_group, run_ranks
+from tests.helpers.process import Running, poll
 from tests.helpers.s3 import S3Server
 from tests.helpers.shards import caption_of, cut_tar
 from tests.helpers.slurm import SlurmCluster
+from tests.helpers.turnstile import turn
 
 
 def _sum_of_ranks(base: int) -> tuple[int, int]:
@@ -54,6 +57,45 @@ def test_a_failing_rank_is_named_with_its_traceback() -> None:
 def test_a_hanging_rank_is_killed_and_its_stack_shown() -> None:
     with pytest.raises(AssertionError, match=r"rank 1: no result[\s\S]*_hang_on_rank_one"):
         run_ranks(_hang_on_rank_one, 2, timeout_s=8)
+
+
+def test_workers_of_pytest_are_never_given_the_same_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTEST_XDIST_WORKER_COUNT", "3")
+    for worker in range(3):
+        monkeypatch.setenv("PYTEST_XDIST_WORKER", f"gw{worker}")
+        assert {(free_port() - FIRST_PORT) % 3 for _ in range(20)} == {worker}
+
+
+def test_who_wants_to_be_alone_waits_for_the_others_and_is_not_overtaken(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    def visit(name: str, alone: bool) -> None:
+        with turn(tmp_path, alone=alone):
+            order.append(f"{name} comes")
+            time.sleep(0.1)
+            order.append(f"{name} goes")
+
+    visits = [
+        threading.Thread(target=visit, args=("alone", True)),
+        threading.Thread(target=visit, args=("late", False)),
+    ]
+    with turn(tmp_path, alone=False), turn(tmp_path, alone=False):
+        for thread in visits:
+            thread.start()
+            poll(lambda: _is_locked(tmp_path / "gate.lock"), 5, "somebody in the gate")
+        order.append("two go")
+    for thread in visits:
+        thread.join()
+    assert order == ["two go", "alone comes", "alone goes", "late comes", "late goes"]
+
+
+def _is_locked(path: Path) -> bool:
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
 
 
 def test_a_program_is_watched_and_killed_with_its_children() -> None:

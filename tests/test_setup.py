@@ -47,7 +47,8 @@ def test_packages_are_installed_once_with_the_pins(tmp_path: Path) -> None:
     first, second = _make(tmp_path, "test"), _make(tmp_path, "test")
     assert (first.returncode, second.returncode) == (0, 0), first.stderr
     assert "once" in first.stdout
-    assert second.stdout == "ran -m pytest -m not torture and not bench and not (parity and slow)\n"
+    two_at_once = "-n 2 --dist loadfile --no-loadscope-reorder"
+    assert second.stdout == f"ran -m pytest {two_at_once} -m not torture and not bench and not (parity and slow)\n"
     (asked,) = (tmp_path / "venv" / "asked").read_text().splitlines()
     assert asked.endswith("-c .ci/constraints.txt -e .[test]")
 
