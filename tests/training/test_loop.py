@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -44,7 +45,7 @@ def job_of(notes: Notes, run: RunConfig, due: set[int], start: int = 0, stopped_
         "rate": lambda done: 0.0,
         "feed": SimpleNamespace(next=lambda save_due: object(), save_requested=False),
         "guard": SimpleNamespace(observe=lambda *_: None, settle=lambda: None),
-        "reporter": SimpleNamespace(step=report),
+        "reporter": SimpleNamespace(step=report, pause=lambda kind, done: nullcontext()),
         "saver": SimpleNamespace(save=notes.note("save"), check=lambda: None, reserve=lambda: None),
         "roll_back": lambda error: 2,
         "evaluate": evaluate,

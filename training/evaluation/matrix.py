@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from training.checkpoint import EMA_FILE, MODEL_FILE
+from training.checkpoint import EMA_FILE, MODEL_FILE, verify_weights
 from training.distributed import World
 from training.errors import ConfigError, DataConfigError, DataError
 from training.evaluation.evaluator import Evaluator, open_tasks
@@ -105,7 +105,7 @@ def measure_matrix(
     Raises ConfigError, DataConfigError or CheckpointError for what is wrong from the start.
     """
     exam.check()
-    world.on_main(lambda: [_find(candidate) for candidate in candidates], "--checkpoint")  # before any set is read
+    world.on_main(lambda: _check(candidates), "--checkpoint")
     tasks = open_tasks(exam.sets, exam.data, world)
     results = world.on_main(lambda: Results(results_file), "--results")
     return [cell for candidate in candidates for cell in _row(candidate, tasks, exam, world, results)]
