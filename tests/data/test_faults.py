@@ -121,6 +121,7 @@ def test_an_epoch_by_every_way_is_every_sample_once(
     assert proxy.spent
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_by_a_command_in_spite_of_faults_is_every_sample_once(proxy: FaultyProxy, workers: int) -> None:
@@ -236,6 +237,7 @@ def test_what_stands_still_is_asked_for_again(proxy: FaultyProxy, kind: str) -> 
     assert [fault.kind for fault in proxy.spent] == [kind, kind]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "fault",
     [Fault("short", 1), *(pytest.param(Fault(kind, 1), marks=pytest.mark.slow) for kind in ("trickle", "stall"))],
@@ -260,6 +262,7 @@ def test_leaving_in_the_middle_of_faults_is_silent(proxy: FaultyProxy, capfd: py
     assert os.environ["AWS_ENDPOINT_URL"] == proxy.url
 
 
+@pytest.mark.alone
 def test_frozen_storage_is_named_at_the_start(proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     proxy.schedule = lambda number, path: Fault("stall")
     short = Retry(attempts=2, first_s=0.001, silence_s=0.3)

@@ -145,10 +145,10 @@ def test_what_is_not_known_is_refused_by_name_and_place(text: str, part: str, pl
     ],
 )  # fmt: skip
 def test_long_deep_and_empty_expressions_are_refused_at_once(text: str) -> None:
-    begin = time.perf_counter()
+    begin = time.process_time()
     with pytest.raises(DataConfigError, match="--where"):
         Where.parse(text)
-    assert time.perf_counter() - begin < 2
+    assert time.process_time() - begin < 2
 
 
 def test_long_lists_and_many_conditions_are_no_depth() -> None:
@@ -158,11 +158,11 @@ def test_long_lists_and_many_conditions_are_no_depth() -> None:
 
 def test_numbers_do_not_grow_for_ever() -> None:
     product = "*".join(["big"] * 60)
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert not keeps(f"{product} > 0", {"big": 10**4000})
     assert keeps(f"({product}) is None", {"big": 10**100})
     assert keeps("big / 3 is None and big * 1.5 is None", {"big": 10**308 * 100})
-    assert time.perf_counter() - begin < 1
+    assert time.process_time() - begin < 1
 
 
 NUMBERS = st.integers(-5, 5) | st.floats(-5, 5).map(lambda value: round(value, 2))

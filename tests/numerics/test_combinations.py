@@ -264,7 +264,7 @@ def deviation(cell: Cell, got: dict[str, Tensor], want: dict[str, Tensor]) -> fl
     return max(float((got[name] - value).norm()) / (scales[name] or 1.0) for name, value in want.items())
 
 
-def failures(cells: list[Cell], backend: str = "aot_eager", timeout_s: float = 60) -> list[str]:
+def failures(cells: list[Cell], backend: str = "aot_eager", timeout_s: float = 200) -> list[str]:
     """The cells that deviate by more than they may on a rank, with the figure."""
     references = {plain: reference(plain) for plain in {cell.plain for cell in cells}}
     results = run_ranks(on_rank, 2, cells, references, backend, timeout_s=timeout_s)
