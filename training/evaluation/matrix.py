@@ -111,6 +111,12 @@ def measure_matrix(
     return [cell for candidate in candidates for cell in _row(candidate, tasks, exam, world, results)]
 
 
+def _check(candidates: Sequence[Candidate]) -> None:
+    """Before any set is read: a damaged file must not be found after hours with the others."""
+    for candidate in candidates:
+        verify_weights(_find(candidate))
+
+
 def _row(candidate: Candidate, tasks: dict[str, Task], exam: Exam, world: World, results: Results) -> Iterator[Cell]:
     """One model's cells, in the order of the sets; it is loaded only if one of them is not known yet. Collective."""
     weights = world.on_main(lambda: _fingerprint(candidate), f"--checkpoint {candidate.checkpoint}")
