@@ -18,6 +18,7 @@ from data import (
     CsvConfig,
     DataConfigError,
     EvalBatch,
+    StorageError,
     class_folders_of,
     class_names_of,
     is_local,
@@ -129,7 +130,7 @@ def _prompts_of(spec: SetSpec) -> tuple[list[str], list[str]]:
 
 
 class _told_as:
-    """Inside, a DataError becomes a DataConfigError that begins with the flag; a ConfigError does, too."""
+    """Inside, errors begin with the flag; a DataError is a DataConfigError, unless storage only does not answer."""
 
     def __init__(self, where: str):
         self._where = where
@@ -142,7 +143,14 @@ class _told_as:
             raise ConfigError(f"{self._where}: {error}") from error
         if isinstance(error, DataError):
             # The readers are those of training, and name its flag.
-            raise DataConfigError(f"{self._where}: {str(error).removeprefix('--train-data ')}") from error
+            kind = DataError if _may_come_back(error) else DataConfigError
+            raise kind(f"{self._where}: {str(error).removeprefix('--train-data ')}") from error
+
+
+def _may_come_back(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, StorageError):
+        error = error.__cause__
+    return error is not None and error.kind == "unreachable"
 
 
 def _probe(labelled: LabelledSet) -> None:

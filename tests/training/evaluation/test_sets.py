@@ -11,7 +11,7 @@ import torch
 from tests.helpers.shards import draw_image
 from tests.training.evaluation.conftest import CLASSES, TEMPLATES, write_labelled
 from training.config import DataConfig, EvalConfig
-from training.errors import ConfigError, DataConfigError
+from training.errors import ConfigError, DataConfigError, DataError
 from training.evaluation import DEFAULT_TEMPLATES, sets
 from training.evaluation.specs import SetSpec, specs_of, split_name
 
@@ -98,6 +98,13 @@ def test_a_shard_that_is_not_there_is_refused(labelled_set: Path) -> None:
     (labelled_set / "test" / "0.tar").unlink()
     with pytest.raises(DataConfigError, match=r"^--zeroshot-data shapes=.*0\.tar"):
         open_labelled_set(f"shapes={labelled_set}")
+
+
+def test_storage_that_does_not_answer_may_do_so_later() -> None:
+    """Exit code 1, so that a job is requeued."""
+    with pytest.raises(DataError, match=r"^--zeroshot-data away=http://127\.0\.0\.1:9/set: ") as raised:
+        open_labelled_set("away=http://127.0.0.1:9/set")
+    assert raised.value.exit_code == 1
 
 
 def test_an_image_folder_needs_a_name_for_each_class(tmp_path: Path) -> None:
