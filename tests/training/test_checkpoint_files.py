@@ -381,6 +381,7 @@ def run_script(script: str, *arguments: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.alone
 def test_a_writer_killed_at_a_random_moment_leaves_a_whole_checkpoint_and_no_older_one(tmp_path: Path) -> None:
     run_script(RANDOM_KILLS, str(tmp_path))
 
