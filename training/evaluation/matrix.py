@@ -176,9 +176,15 @@ def _fingerprint(candidate: Candidate) -> str:
 
 def _key(weights: str, candidate: Candidate, task: Task, exam: Exam) -> str:
     """Everything that decides the figures of a cell; names, and how many ranks and workers measure, do not."""
-    prompts = getattr(getattr(task, "labelled", None), "prompts_sha256", None)
     spec = replace(task.spec, where="", suite=None)
-    parts: tuple[Any, ...] = (weights, candidate.model, candidate.tokenizer, asdict(spec), prompts, exam.precision)
+    parts: tuple[Any, ...] = (
+        weights,
+        candidate.model,
+        candidate.tokenizer,
+        asdict(spec),
+        task.prompts_sha256,
+        exam.precision,
+    )
     if task.spec.kind == "retrieval":
         parts += (exam.data.caption_key, exam.data.csv_separator, exam.data.csv_img_key, exam.data.csv_caption_key)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

@@ -54,6 +54,10 @@ class Task(Protocol):
     @property
     def spec(self) -> SetSpec: ...
 
+    @property
+    def prompts_sha256(self) -> str:
+        """A fingerprint of what the set is asked with, which may change under its name; "" where that is nothing."""
+
     def measure(self, model: nn.Module, bench: Bench) -> list[Figure]:
         """The figures, the same on every rank. Collective. Raises DataError, DataConfigError or Stopped."""
 
@@ -67,6 +71,10 @@ class ZeroshotTask:
     @property
     def spec(self) -> SetSpec:
         return self.labelled.spec
+
+    @property
+    def prompts_sha256(self) -> str:
+        return self.labelled.prompts_sha256
 
     def measure(self, model: nn.Module, bench: Bench) -> list[Figure]:
         labelled = self.labelled
@@ -109,6 +117,10 @@ class ProbeTask:
     def spec(self) -> SetSpec:
         return self.labelled.spec
 
+    @property
+    def prompts_sha256(self) -> str:
+        return ""
+
     def measure(self, model: nn.Module, bench: Bench) -> list[Figure]:
         num_classes = len(self.labelled.classnames)
         found = linear_probe(
@@ -136,6 +148,10 @@ class RetrievalTask:
     @property
     def spec(self) -> SetSpec:
         return self.pairs.spec
+
+    @property
+    def prompts_sha256(self) -> str:
+        return ""
 
     def measure(self, model: nn.Module, bench: Bench) -> list[Figure]:
         spec = self.spec

@@ -7,8 +7,6 @@ desk's.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import socket
 import time
@@ -25,7 +23,7 @@ from training.evaluation.exam import Exam
 from training.evaluation.ledger import Measurement
 from training.evaluation.lookout import Arrival, View
 from training.evaluation.standalone import load_model, open_evaluator
-from training.evaluation.tasks import Task, ZeroshotTask
+from training.evaluation.tasks import Task
 from training.evaluation.watched import WatchedRun, open_run
 from training.manifest import read_manifest_text
 
@@ -55,15 +53,7 @@ def watch(config: WatchConfig, exam: Exam, world: World, should_stop: Callable[[
 def measurements(tasks: Mapping[str, Task], averaged: bool) -> list[Measurement]:
     """All that is to be measured of a checkpoint."""
     kinds = (False, True) if averaged else (False,)
-    return [Measurement(label, fingerprint(task), kind) for kind in kinds for label, task in tasks.items()]
-
-
-def fingerprint(task: Task) -> str:
-    """Of the names and templates that a classification asks with: changed, they give other figures."""
-    if not isinstance(task, ZeroshotTask):
-        return ""
-    asked = json.dumps([task.labelled.classnames, task.labelled.templates])
-    return f"sha256:{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
+    return [Measurement(label, task.prompts_sha256, kind) for kind in kinds for label, task in tasks.items()]
 
 
 def _await_run(run: WatchedRun, config: WatchConfig, world: World, should_stop: Callable[[], bool]) -> bool:
