@@ -153,6 +153,18 @@ LOW_PRECISION = product(
     precision=("amp_bf16", "amp"),
     reduce=("fp32", "bf16"),
 )
+
+
+def pairwise(cells: list[Cell]) -> list[Cell]:
+    """A few of the cells in which every pair of settings that occurs in one of them occurs, chosen greedily."""
+    pairs = {cell: set(itertools.combinations(dataclasses.asdict(cell).items(), 2)) for cell in cells}
+    missing, chosen = set().union(*pairs.values()), []
+    while missing:
+        chosen.append(max(cells, key=lambda cell: len(pairs[cell] & missing)))
+        missing -= pairs[chosen[-1]]
+    return chosen
+
+
 QUICK = [
     Cell(),
     Cell(wrapper="fsdp"),
@@ -312,6 +324,17 @@ def test_a_model_with_batch_norms_is_trained_by_fsdp_as_by_ddp() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("table", ["FULL", "COCA", "LOCKED", "LOW_PRECISION"])
+def test_every_pair_of_settings_trains_two_ranks_as_one_process(table: str) -> None:
+    """`make parity` runs the whole tables."""
+    cells = [cell for cell in globals()[table] if not cell.is_refused]
+    few = pairwise(cells)
+    assert len(few) < len(cells)
+    assert not failures(few, timeout_s=400)
+
+
+@pytest.mark.slow
+@pytest.mark.parity
 @pytest.mark.parametrize("trunk", list(TRUNKS))
 def test_every_allowed_cell_trains_two_ranks_as_one_process(trunk: str) -> None:
     cells = [cell for cell in FULL if cell.trunk == trunk and not cell.is_refused]
@@ -319,11 +342,13 @@ def test_every_allowed_cell_trains_two_ranks_as_one_process(trunk: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parity
 def test_a_model_that_writes_captions_trains_on_two_ranks_as_in_one_process() -> None:
     assert not failures(COCA, timeout_s=400)
 
 
 @pytest.mark.slow
+@pytest.mark.parity
 def test_locked_towers_train_on_two_ranks_as_in_one_process() -> None:
     assert not failures([cell for cell in LOCKED if not cell.is_refused], timeout_s=400)
 
@@ -339,6 +364,7 @@ def test_what_is_locked_stays_bit_for_bit(side: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parity
 def test_every_allowed_low_precision_cell_goes_the_same_way_as_fp32() -> None:
     assert not failures([cell for cell in LOW_PRECISION if not cell.is_refused], timeout_s=400)
 
