@@ -16,6 +16,7 @@ import multiprocessing.context
 import os
 import shutil
 import signal
+import tempfile
 import threading
 from multiprocessing import forkserver, popen_forkserver, reduction, resource_tracker, spawn, util
 from multiprocessing.process import BaseProcess
@@ -24,6 +25,8 @@ from multiprocessing.synchronize import SemLock
 from data.background import PER_PROCESS
 
 _M_ARENA_MAX = -8  # malloc.h
+# Of 107 bytes of a socket's path: /pymp-12345678/listener-12345678 stands behind it.
+_LONGEST_FOLDER = 107 - 33
 RUN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # Nothing of ours: the server has not the import path of the process that starts it, and might find another `data`.
 _PRELOAD = ["torch", "torch.utils.data", "PIL.Image", "simplejpeg"]
@@ -93,10 +96,21 @@ def _server() -> forkserver.ForkServer:
     resource_tracker.ensure_running()
     earlier = signal.pthread_sigmask(signal.SIG_BLOCK, RUN_SIGNALS)
     try:
+        _keep_sockets_short()
         server.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
     return server
+
+
+def _keep_sockets_short() -> None:
+    """Sockets lie in the folder for temporary files; jobs are given ones whose paths are too long for a socket's."""
+    if len(os.fsencode(tempfile.gettempdir())) > _LONGEST_FOLDER:
+        configured, tempfile.tempdir = tempfile.tempdir, "/tmp"
+        try:
+            util.get_temp_dir()  # made at the first call, and kept
+        finally:
+            tempfile.tempdir = configured
 
 
 def share_arenas() -> None:

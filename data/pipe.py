@@ -40,6 +40,9 @@ done
 for group in $groups; do kill -9 "-$group"; done
 """
 
+# A command begins when the guard knows of it. Of a reader that is killed before that, this is the end of input.
+_GATE = 'read -r go || exit 1; exec "$@" </dev/null'
+
 
 class Command:
     """A running command in a process group of its own; whoever leaves early ends it, silently."""
@@ -59,8 +62,8 @@ class Command:
         argv = [shell, "-o", "pipefail", "-c", command] if shell else ["/bin/sh", "-c", command]
         try:
             process = subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
+                ["/bin/sh", "-c", _GATE, "sh", *argv],
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
                 bufsize=0,
@@ -68,8 +71,11 @@ class Command:
             )
         except OSError as error:
             raise StorageError(mask_url(self._url), f"cannot start the command: {error}") from error
-        assert process.stdout is not None
+        assert process.stdout is not None and process.stdin is not None
         _tell_guard("+", process.pid)
+        with contextlib.suppress(BrokenPipeError):  # ended by somebody else, which is told by its code
+            process.stdin.write(b"go\n")
+        process.stdin.close()
         with contextlib.suppress(OSError):
             fcntl.fcntl(process.stdout.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         return process

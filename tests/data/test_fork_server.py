@@ -4,7 +4,9 @@ import dataclasses
 import os
 import re
 import signal
+import subprocess
 import sys
+import tempfile
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 import data.worker
 from data.fork_server import server_pid
 from tests.data.test_loader import Shards, build, config_of, equal
-from tests.helpers.process import Running, poll
+from tests.helpers.process import Running, environment, poll
 
 TRAINER = """
 import os, sys, time
@@ -73,8 +75,7 @@ def test_workers_run_the_code_of_their_trainer(shards: Shards, tmp_path: Path, m
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_killed_trainer_leaves_nothing(shards: Shards, tmp_path: Path, workers: int, group: bool) -> None:
     """Neither processes, some in the middle of a read that never ends, nor names of shared memory, nor files."""
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
+    scratch = Path(tempfile.mkdtemp(prefix="cy-"))  # paths of sockets are short
     flag = tmp_path / "stall"
     urls = [f"pipe:cat {path}; if [ -e {flag} ]; then sleep 3600; fi" for path in shards([40] * 6)]
     mark = {"CLIPYARD_TEST_MARK": str(tmp_path), "TMPDIR": str(scratch)}
@@ -86,6 +87,7 @@ def test_a_killed_trainer_leaves_nothing(shards: Shards, tmp_path: Path, workers
         poll(lambda: not _marked(tmp_path), 20, f"end of {_marked(tmp_path)}")
     assert not [name for name in names if os.path.exists(name)]
     assert not list(scratch.rglob("*"))
+    scratch.rmdir()
 
 
 def _marked(mark: Path) -> dict[int, bytes]:
@@ -109,3 +111,18 @@ def _shared_names(pids: list[int]) -> set[str]:
         except OSError:  # a passing one (a compiler's, say) has ended since it was listed
             continue
     return names
+
+
+def test_a_long_path_for_temporary_files_is_no_obstacle(shards: Shards, tmp_path: Path) -> None:
+    long = tmp_path / ("job-" + "0" * 80)
+    long.mkdir()
+    urls = [str(path) for path in shards([4] * 2)]
+    program = TRAINER.replace("os.close(os.open(sys.argv[1], os.O_CREAT))", "sys.exit(loader.close())")
+    found = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "flag"), "1", *urls],
+        env=environment({"TMPDIR": str(long)}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert found.returncode == 0, found.stderr

@@ -43,11 +43,15 @@ def test_a_doubled_rank_is_told_to_all() -> None:
 
 
 def test_a_rank_that_comes_when_all_are_there_is_sent_away() -> None:
-    """Three processes for two ranks: whoever is third is in the verdict or too late for it."""
+    """Three processes for two ranks: whoever is third is in the verdict or too late for it.
+
+    On a busy machine so late that rank 0, which has nothing to do here, has ended.
+    """
+    reasons = ("was started 2 times", "are complete without it", "nobody listens there")
     third = {process: {"WORLD_SIZE": "2"} for process in range(3)} | {2: {"RANK": "1", "WORLD_SIZE": "2"}}
     said = run_ranks(_join, 3, third, {})
     refused = [line for line in said if line.startswith("refused: ")]
-    assert refused and all("was started 2 times" in line or "are complete without it" in line for line in refused)
+    assert refused and all(any(reason in line for reason in reasons) for line in refused)
 
 
 def test_different_settings_are_told_to_all_by_name() -> None:
