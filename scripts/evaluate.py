@@ -14,8 +14,9 @@ from pathlib import Path
 
 from training.checkpoint import MODEL_FILE
 from training.config import ClusterConfig, DataConfig, EvalConfig
+from training.console import logging_to
 from training.distributed import session
-from training.errors import EXIT_FAILED, ConfigError, PeerError, UserError
+from training.errors import EXIT_DONE, EXIT_FAILED, ConfigError, FolderError, PeerError, UserError
 from training.evaluation.exam import Exam
 from training.evaluation.figures import values_of
 from training.evaluation.matrix import Candidate, Cell, measure_matrix
@@ -29,11 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         candidates, exam = _candidates(args), exam_of(args)
-        with session(ClusterConfig(device=args.device)) as world:
+        with session(ClusterConfig(device=args.device)) as world, logging_to(None, world.rank):
             cells = measure_matrix(candidates, exam, world, args.results)
-            if world.is_main:
-                _write(cells, exam, args)
-        return _report(cells) if world.is_main else 0
+            world.on_main(lambda: _write(cells, exam, args), "writing the tables")
+        if world.is_main:
+            _tell_failed(cells)
+        return EXIT_FAILED if any(cell.error for cell in cells) else EXIT_DONE
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -159,15 +161,21 @@ def _write(cells: list[Cell], exam: Exam, args: argparse.Namespace) -> None:
     texts = {args.csv: csv_text(cells), args.markdown: table, args.json: json.dumps(figures, indent=1) + "\n"}
     for path, text in texts.items():
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+            _write_text(path, text)
 
 
-def _report(cells: list[Cell]) -> int:
-    failed = [cell for cell in cells if cell.error]
-    for cell in failed:
-        print(f"error: {cell.candidate} on {cell.label}: {cell.error}", file=sys.stderr)
-    return EXIT_FAILED if failed else 0
+def _write_text(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        raise FolderError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _tell_failed(cells: list[Cell]) -> None:
+    for cell in cells:
+        if cell.error:
+            print(f"error: {cell.candidate} on {cell.label}: {cell.error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

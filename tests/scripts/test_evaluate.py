@@ -80,3 +80,16 @@ def test_a_broken_image_is_an_error_outside_of_training(
     labelled = write_labelled(tmp_path / "shapes", broken=10)
     assert evaluate.main(["--checkpoint", str(checkpoint), "--zeroshot-data", f"shapes={labelled}", *QUICK]) == 1
     assert "s0000010" in capsys.readouterr().err
+
+
+def test_a_table_that_cannot_be_written_is_one_line(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = ("--zeroshot-data", f"shapes={write_labelled(tmp_path / 'shapes')}")
+    (tmp_path / "file").touch()
+    flags = ("--checkpoint", str(checkpoint), *sets, *QUICK, "--csv", str(tmp_path / "file" / "table.csv"))
+    assert evaluate.main([*flags]) == 1
+    captured = capsys.readouterr()
+    assert "val/shapes-zeroshot-top1" in captured.out
+    assert "table.csv cannot be written" in captured.err
+    assert "Traceback" not in captured.err

@@ -54,7 +54,7 @@ class Ledger:
     def __init__(self, folder: Path, claim: Claim, listener: Listener | None = None):
         self.path = folder / EVALUATIONS_FILE
         self._claim, self._listener = claim, listener
-        _cut_torn_line(self.path)
+        cut_torn_line(self.path)
         self._done = {_key_of(record) for record in read_metrics(self.path)} if self.path.exists() else set()
         self._file = self.path.open("ab", buffering=0)
 
@@ -99,7 +99,7 @@ def _digest(manifest: Manifest, file: str) -> str:
     return f"crc32:{manifest.files[file].crc32:08x}"
 
 
-def _cut_torn_line(path: Path) -> None:
+def cut_torn_line(path: Path) -> None:
     """A kill in the middle of a write leaves a line without its end: what is behind the last whole one goes."""
     if not path.exists():
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,10 +16,11 @@ from torch import nn
 
 from training.checkpoint import EMA_FILE, MODEL_FILE, verify_weights
 from training.distributed import World
-from training.errors import ConfigError, DataConfigError, DataError
+from training.errors import ConfigError, DataConfigError, DataError, FolderError
 from training.evaluation.evaluator import Evaluator, open_tasks
 from training.evaluation.exam import Exam
 from training.evaluation.figures import Figure
+from training.evaluation.ledger import cut_torn_line
 from training.evaluation.standalone import find_model, open_candidate
 from training.evaluation.tasks import Task
 from training.secrets import mask_text
@@ -62,10 +64,10 @@ class Results:
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            text = path.read_text(encoding="utf-8") if path.exists() else ""
-            if text and not text.endswith("\n"):  # a kill tore the last line
-                text = text[: text.rfind("\n") + 1]
-                path.write_text(text, encoding="utf-8")
+            cut_torn_line(path)
+            with path.open("a+", encoding="utf-8") as file:  # now: not after the first measurement
+                file.seek(0)
+                text = file.read()
         except OSError as error:
             raise ConfigError(f"--results {path}: {error.strerror or error}") from error
         for line in text.splitlines():
@@ -83,7 +85,7 @@ class Results:
         return self._known.get(key)
 
     def add(self, key: str, cell: Cell, about: dict[str, Any]) -> None:
-        """Keep a cell. Raises ConfigError when it cannot be written."""
+        """Keep a cell, so that it outlives the machine. Raises FolderError when it cannot be written."""
         self._known[key] = cell.figures
         if self._path is None:
             return
@@ -92,8 +94,10 @@ class Results:
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
-            raise ConfigError(f"--results {self._path}: {error.strerror or error}") from error
+            raise FolderError(f"--results {self._path}: {error.strerror or error}") from error
 
 
 def measure_matrix(
@@ -155,13 +159,18 @@ def _cell(name: str, label: str, evaluator: Evaluator, clip: nn.Module) -> Cell:
 
 
 def _find(candidate: Candidate) -> str:
-    return find_model(candidate.checkpoint, candidate.model, candidate.averaged)[1]
+    return _model_and_weights(candidate)[1]
+
+
+def _model_and_weights(candidate: Candidate) -> tuple[str, str]:
+    return find_model(candidate.checkpoint, candidate.model, candidate.averaged)
 
 
 def _fingerprint(candidate: Candidate) -> str:
-    """Of the weights' content, whatever they are called."""
-    weights = _find(candidate)
+    """Of the content of the weights and of the model's configuration, whatever they are called."""
+    model, weights = _model_and_weights(candidate)
     path, digest = Path(weights), hashlib.sha256()
+    digest.update(Path(model).read_bytes() if Path(model).is_file() else model.encode())
     if path.is_dir():
         own = path / (EMA_FILE if candidate.averaged else MODEL_FILE)
         path = own if own.is_file() else path
@@ -179,7 +188,6 @@ def _key(weights: str, candidate: Candidate, task: Task, exam: Exam) -> str:
     spec = replace(task.spec, where="", suite=None)
     parts: tuple[Any, ...] = (
         weights,
-        candidate.model,
         candidate.tokenizer,
         asdict(spec),
         task.prompts_sha256,
