@@ -18,6 +18,7 @@ from training.config import ClusterConfig
 from training.distributed import session
 from training.errors import PeerError, UserError
 from training.evaluation.exam import Exam
+from training.leave import leave
 from training.soup import SOUP_FILE, Soup, make_soup
 from training.soup_recipe import SoupRecipe
 
@@ -111,4 +112,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

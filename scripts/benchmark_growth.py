@@ -28,6 +28,7 @@ from training.config import ClusterConfig, RunConfig, TrainConfig
 from training.distributed import World, session
 from training.dry_run import pretended_world
 from training.footprint import Footprint
+from training.leave import leave
 from training.losses import contrastive_loss
 
 REAL, FAKE = (1, 2, 4, 8), (64, 512, 4096)
@@ -90,6 +91,7 @@ def _rank(rank: int, size: int, port: int, queue: Any) -> None:
         values = measure(world, _own_position(world.size, rank)) | {"join ms": 1e3 * joined_s}
     if rank == 0:
         queue.put(values)
+    leave(0)
 
 
 def fake_rank(size: int) -> dict[str, float]:

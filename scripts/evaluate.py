@@ -23,6 +23,7 @@ from training.evaluation.matrix import Candidate, Cell, measure_matrix
 from training.evaluation.specs import split_name
 from training.evaluation.suites import load_suite
 from training.evaluation.table import csv_text, markdown, plain, rows_of
+from training.leave import leave
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -179,4 +180,4 @@ def _tell_failed(cells: list[Cell]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

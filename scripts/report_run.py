@@ -10,6 +10,7 @@ from pathlib import Path
 from training.config import ClusterConfig
 from training.distributed import session
 from training.errors import ConfigError, UserError
+from training.leave import leave
 from training.run_report import write_report
 from training.run_report.selection import ExampleOptions
 
@@ -62,4 +63,4 @@ def _positive(word: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

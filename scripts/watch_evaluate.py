@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.errors import EXIT_FAILED, PeerError, StoppedEarly, UserError, describe_os_error
+from training.leave import leave
 from training.preemption import Preemption, hold_signals
 
 if TYPE_CHECKING:
@@ -97,4 +98,4 @@ def build_parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     hold_signals()
-    sys.exit(main())
+    leave(main())

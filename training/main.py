@@ -6,12 +6,12 @@ Mistakes on the command line answer before torch is imported; what follows is to
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
 
 from training.cli import parse_args
 from training.config import shared_settings
 from training.errors import EXIT_FAILED, PeerError, StoppedEarly, UserError, describe_os_error
+from training.leave import leave
 from training.preemption import Preemption, hold_signals, release_signals
 
 log = logging.getLogger("training.main")
@@ -54,4 +54,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     hold_signals()
-    sys.exit(main())
+    leave(main())

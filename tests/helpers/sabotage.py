@@ -14,6 +14,7 @@ from typing import Any
 from data import DataError, TrainLoader
 from training.errors import ConfigError
 from training.feed import Feed
+from training.leave import leave
 from training.main import main
 from training.step import TrainStep
 
@@ -61,4 +62,4 @@ def sabotage(fault: str, rank: int, step: int) -> None:
 
 if __name__ == "__main__":
     sabotage(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
-    sys.exit(main(sys.argv[4:]))
+    leave(main(sys.argv[4:]))
