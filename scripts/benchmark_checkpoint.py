@@ -26,9 +26,11 @@ import torch
 from torch import Tensor
 
 import models
-from training.checkpoint import MODEL_FILE, OPTIMIZER_FILE, Checkpointer, HostCopy, Progress
+from training.checkpoint import Checkpointer
+from training.checkpoint_content import MODEL_FILE, OPTIMIZER_FILE, Progress
 from training.checkpoint_files import CHUNK_BYTES, write_checkpoint
 from training.distributed import World
+from training.host_copy import HostCopy
 
 State = dict[str, dict[str, Tensor]]
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from training.checkpoint import MODEL_FILE
+from training.checkpoint_content import MODEL_FILE
 from training.config import ClusterConfig, DataConfig, EvalConfig
 from training.console import logging_to
 from training.distributed import session

@@ -10,7 +10,7 @@ from pathlib import Path
 import models
 from models.export import TARGETS, check_export, export_model
 from training.card import write_card
-from training.checkpoint import MODEL_CONFIG_FILE
+from training.checkpoint_content import MODEL_CONFIG_FILE
 from training.errors import UserError
 from training.evaluation.standalone import find_model
 

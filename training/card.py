@@ -16,12 +16,13 @@ from typing import Any
 import yaml
 
 from models import ModelConfig, pair
-from training.checkpoint import CHECKPOINTS, CONFIG_FILE, STATE_FILE
+from training.checkpoint_content import CONFIG_FILE, STATE_FILE
 from training.cli import settings as known_settings
 from training.config import from_flat
 from training.metrics import FILE_NAME, read_records
 from training.plots import plot_runs
 from training.secrets import mask_text
+from training.start import CHECKPOINTS
 
 CARD_FILE, CURVES_FILE = "README.md", "curves.png"
 

@@ -1,75 +1,35 @@
-"""The checkpoint of a run: snapshot to host memory, written behind the training; and its reading back.
+"""Saving the checkpoints of a run: a snapshot to host memory, written behind the training.
 
-Knows what belongs into a checkpoint, not how a folder is made safe (`training.checkpoint_files`) nor what
-a model is. Random numbers of a step are drawn under the key (seed, step, rank), so their whole state is the
-seed and the step.
+Knows when what is written and what is told of it, not what a checkpoint holds (`training.checkpoint_content`) nor how a
+folder is made safe (`training.checkpoint_files`).
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import platform
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from functools import cache
-from importlib import metadata
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import safetensors
-import torch
-import yaml
-from safetensors.torch import load_file
 from torch import Tensor
 
-from training.checkpoint_files import clean_leftovers, rotate, verify_checkpoint, write_checkpoint
-from training.errors import CheckpointError, CheckpointWriteError
-from training.manifest import MANIFEST
-from training.optimizer_state import OptimizerState, load_optimizer_tensors, optimizer_to_tensors
-from training.secrets import mask_secrets
-from training.start import CHECKPOINTS, Fresh, Pretrained, Resume, StartState, choose_start, decide_start
+from training.checkpoint_content import MODEL_FILE, OPTIMIZER_FILE, Progress, documents
+from training.checkpoint_files import write_checkpoint
+from training.errors import CheckpointWriteError
+from training.host_copy import HostCopy
+from training.optimizer_state import OptimizerState
+from training.rotation import clean_leftovers, rotate
 
 if TYPE_CHECKING:
     from training.distributed import World
     from training.uploader import Uploader
 
 logger = logging.getLogger(__name__)
-
-MODEL_FILE = "model.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
-EMA_FILE = "ema.safetensors"
-LORA_FILE = "lora.safetensors"
-STATE_FILE = "state.json"
-DATA_FILE = "data.json"
-CONFIG_FILE = "config.yaml"
-MODEL_CONFIG_FILE = "model_config.json"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is: completed optimiser steps, completed epochs, samples of all ranks so far."""
-
-    step: int = 0
-    epoch: int = 0
-    samples_seen: int = 0
-
-
-def epoch_name(epoch: int) -> str:
-    """The folder's name after `epoch` completed epochs."""
-    return f"epoch_{epoch}"
-
-
-def step_name(step: int) -> str:
-    """The folder's name after `step` completed steps, between the ends of epochs."""
-    return f"step_{step:09d}"
-
-
-# ---- save
 
 
 class Checkpointer:
@@ -147,10 +107,10 @@ class Checkpointer:
         self.wait()
         started = time.perf_counter()
         tensors = self._host.copy(_tensor_files(model_state, optimizer_state, further))
-        documents = _documents(progress, data_position, config, model_config, extra or {}, self._world.size)
+        texts = documents(progress, data_position, config, model_config, extra or {}, self._world.size)
         stall = time.perf_counter() - started
         self._in_background(
-            lambda: self._write(self._directory / name, tensors, documents, progress, stall), f"write checkpoint {name}"
+            lambda: self._write(self._directory / name, tensors, texts, progress, stall), f"write checkpoint {name}"
         )
 
     def check(self) -> None:
@@ -211,14 +171,14 @@ class Checkpointer:
         self,
         folder: Path,
         tensors: Mapping[str, Mapping[str, Tensor]],
-        documents: Mapping[str, Any],
+        texts: Mapping[str, Any],
         progress: Progress,
         stall_s: float,
     ) -> None:
         started = time.perf_counter()
         if self._before_write is not None:
             self._before_write()
-        manifest = write_checkpoint(folder, tensors, documents, **asdict(progress))
+        manifest = write_checkpoint(folder, tensors, texts, **asdict(progress))
         seconds = time.perf_counter() - started
         mib = sum(entry.size for entry in manifest.files.values()) / 2**20
         logger.info("saved %s: %.0f MiB written in %.1f s, training stood %.2f s", folder, mib, seconds, stall_s)
@@ -241,42 +201,6 @@ class Checkpointer:
             )
 
 
-class HostCopy:
-    """Host memory for a snapshot, kept from one save to the next; page-locked when the tensors are on a GPU."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[str, str], Tensor] = {}
-
-    def reserve(self, files: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Allocate, and touch every page: the first touch costs far more than the copy itself."""
-        for file, tensors in files.items():
-            for key, tensor in tensors.items():
-                self.buffer(file, key, tensor).zero_()
-
-    def copy(self, files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        """The same names with copies on the host, complete on return; overwritten by the next call."""
-        copies: dict[str, dict[str, Tensor]] = {}
-        from_gpu = False
-        for file, tensors in files.items():
-            copies[file] = {}
-            # One at a time, and once: of a sharded model each tensor is gathered here, and exists no longer than this.
-            for key, tensor in tensors.items():
-                copies[file][key] = self.buffer(file, key, tensor).copy_(tensor.detach(), non_blocking=True)
-                from_gpu |= tensor.is_cuda
-        if from_gpu:
-            # Host sync: the copies must have arrived before the optimiser goes on changing their sources.
-            torch.cuda.synchronize()
-        return copies
-
-    def buffer(self, file: str, key: str, tensor: Tensor) -> Tensor:
-        """The memory for a tensor like this one under these names."""
-        buffer = self._buffers.get((file, key))
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
-            self._buffers[file, key] = buffer
-        return buffer
-
-
 def _prepare(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -291,114 +215,3 @@ def _tensor_files(
     further: Mapping[str, Mapping[str, Tensor]] | None,
 ) -> dict[str, Mapping[str, Tensor]]:
     return {MODEL_FILE: model_state, OPTIMIZER_FILE: optimizer_state, **(further or {})}
-
-
-def _documents(
-    progress: Progress,
-    data_position: Any,
-    config: Mapping[str, Any],
-    model_config: Mapping[str, Any],
-    extra: Mapping[str, Any],
-    world_size: int,
-) -> dict[str, str]:
-    """All texts of a checkpoint, final now: what the caller changes later must not reach the file."""
-    state = {
-        "progress": asdict(progress),
-        "random": {"scheme": "step-keyed", "seed": config.get("seed")},
-        "world_size": world_size,
-        "versions": versions(),
-        **extra,
-    }
-    return {
-        STATE_FILE: json.dumps(state, indent=1),
-        DATA_FILE: json.dumps(data_position),
-        CONFIG_FILE: yaml.safe_dump(mask_secrets(dict(config)), sort_keys=False),
-        MODEL_CONFIG_FILE: json.dumps(model_config, indent=1),
-    }
-
-
-@cache
-def versions() -> dict[str, str]:
-    """Versions of what computed the numbers."""
-    try:
-        own = metadata.version("clipyard")
-    except metadata.PackageNotFoundError:
-        own = "not installed"
-    return {"clipyard": own, "torch": str(torch.__version__), "python": platform.python_version()}
-
-
-# ---- load
-
-
-def verify_weights(source: str) -> None:
-    """Compares the weights of a checkpoint folder with its manifest; another source has none to compare with.
-
-    Raises CheckpointError when they differ.
-    """
-    path = Path(source)
-    folder, weights = (path.parent, path.name) if path.name in (MODEL_FILE, EMA_FILE) else (path, MODEL_FILE)
-    if (folder / MANIFEST).is_file():
-        verify_checkpoint(folder, only=(weights, MODEL_CONFIG_FILE))
-
-
-@dataclass(frozen=True)
-class LoadedCheckpoint:
-    """A checkpoint's content. Tensors are mapped files: bytes are read when used, once per host for all its ranks."""
-
-    folder: Path
-    progress: Progress
-    model: dict[str, Tensor]
-    optimizer: OptimizerState
-    data_position: Any
-    state: dict[str, Any]
-    config: dict[str, Any]
-    model_config: dict[str, Any]
-    ema: dict[str, Tensor] | None = None
-    lora: dict[str, Tensor] | None = None
-
-
-def load_checkpoint(folder: Path) -> LoadedCheckpoint:
-    """Read a checkpoint that was found whole before; only sizes are checked again. Raises CheckpointError."""
-    verify_checkpoint(folder, checksums=False)
-    try:
-        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        return LoadedCheckpoint(
-            folder=folder,
-            progress=Progress(**state["progress"]),
-            model=load_file(folder / MODEL_FILE),
-            optimizer=load_file(folder / OPTIMIZER_FILE),
-            data_position=json.loads((folder / DATA_FILE).read_text(encoding="utf-8")),
-            state=state,
-            config=yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8")),
-            model_config=json.loads((folder / MODEL_CONFIG_FILE).read_text(encoding="utf-8")),
-            ema=_load_if_there(folder / EMA_FILE),
-            lora=_load_if_there(folder / LORA_FILE),
-        )
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
-
-
-def _load_if_there(path: Path) -> dict[str, Tensor] | None:
-    return load_file(path) if path.exists() else None
-
-
-__all__ = [
-    "CHECKPOINTS",
-    "Checkpointer",
-    "Fresh",
-    "LoadedCheckpoint",
-    "OptimizerState",
-    "Pretrained",
-    "Progress",
-    "Resume",
-    "StartState",
-    "choose_start",
-    "decide_start",
-    "epoch_name",
-    "load_checkpoint",
-    "load_optimizer_tensors",
-    "optimizer_to_tensors",
-    "step_name",
-    "verify_weights",
-    "versions",
-]

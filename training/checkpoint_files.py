@@ -1,4 +1,4 @@
-"""The checkpoint folder as files: write, verify, find, rotate. Knows no model, no optimiser, no ranks.
+"""The checkpoint folder as files: write, verify, find. Knows no model, no optimiser, no ranks.
 
 A folder is built under a temporary name, its manifest is written last, and one rename makes it a
 checkpoint: whatever kills the writer, a reader finds the old state or the new one. A replaced or
@@ -16,7 +16,6 @@ import dataclasses
 import errno
 import json
 import os
-import re
 import shutil
 import socket
 import struct
@@ -43,8 +42,6 @@ from training.manifest import (
 )
 
 CHUNK_BYTES = 16 << 20
-_CLOCKS_DIFFER_S = 5.0
-_LEFTOVER = re.compile(r"\.(tmp|replaced|deleted)-((?:epoch|step)_\d+)-(.+)-(\d+)")
 _SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -77,14 +74,14 @@ def write_checkpoint(
     documents: file name -> text, or anything JSON can hold.
     Raises CheckpointWriteError when the file system refuses; what was there before is then untouched.
     """
-    temporary = _hidden_name("tmp", folder)
+    temporary = hidden_name("tmp", folder)
     try:
-        _remove_tree(temporary)
+        remove_tree(temporary)
         temporary.mkdir(parents=True)
         manifest = _fill(temporary, tensors, documents, Manifest(step, epoch, samples_seen))
         _take_name(temporary, folder)
     except OSError as error:
-        _remove_tree(temporary)
+        remove_tree(temporary)
         raise CheckpointWriteError(_describe_failure(folder, tensors, error)) from error
     return manifest
 
@@ -148,13 +145,13 @@ def _safetensors_pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memor
 
 def _take_name(temporary: Path, folder: Path) -> None:
     """Rename the finished folder to its name; one that has the name already steps aside first."""
-    replaced = _hidden_name("replaced", folder)
+    replaced = hidden_name("replaced", folder)
     if folder.exists():
-        _remove_tree(replaced)
+        remove_tree(replaced)
         folder.rename(replaced)
     temporary.rename(folder)
     _sync_folder(folder.parent)
-    _remove_tree(replaced)
+    remove_tree(replaced)
 
 
 def receive(
@@ -165,10 +162,10 @@ def receive(
     only: bring these files alone; the folder is no whole checkpoint then.
     Raises CheckpointError when what came is not what the manifest says, and whatever `get` raises.
     """
-    temporary = _hidden_name("tmp", folder)
+    temporary = hidden_name("tmp", folder)
     manifest = manifest_of(manifest_text, source)
     try:
-        _remove_tree(temporary)
+        remove_tree(temporary)
         temporary.mkdir(parents=True)
         with ThreadPoolExecutor(4) as pool:
             wanted = [name for name in manifest.files if not only or name in only]
@@ -181,11 +178,11 @@ def receive(
     except OSError as error:
         raise CheckpointWriteError(f"cannot write {folder}: {error.strerror or error}") from error
     finally:
-        _remove_tree(temporary)
+        remove_tree(temporary)
     return folder
 
 
-def _hidden_name(kind: str, folder: Path) -> Path:
+def hidden_name(kind: str, folder: Path) -> Path:
     return folder.with_name(f".{kind}-{folder.name}-{socket.gethostname()}-{os.getpid()}")
 
 
@@ -201,7 +198,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _remove_tree(folder: Path) -> None:
+def remove_tree(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -291,100 +288,3 @@ def find_latest(directory: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
         except CheckpointError as error:
             passed_over.append((folder, str(error)))
     return None, passed_over
-
-
-# ---- rotate and clean
-
-
-def rotate(directory: Path, *, keep_last: int, delete_previous_epochs: bool, keep: Collection[Path] = ()) -> list[Path]:
-    """Delete what is no longer wanted; returns the folders deleted.
-
-    Kept is what `unwanted` leaves, `keep`, and everything without a readable manifest: that is a case for a human.
-    """
-    whole = {folder.name: folder for folder in list_checkpoints(directory) if _is_whole(folder)}
-    names = unwanted(list(whole), keep_last=keep_last, delete_previous_epochs=delete_previous_epochs)
-    doomed = [whole[name] for name in names if whole[name] not in keep]
-    discard(doomed)
-    return doomed
-
-
-def unwanted(names: list[str], *, keep_last: int, delete_previous_epochs: bool) -> list[str]:
-    """Of whole checkpoints, newest first, those that rotation deletes; here or at a remote.
-
-    Kept are the newest `keep_last` step checkpoints, every epoch (only the newest one if `delete_previous_epochs`),
-    and the newest of all.
-    """
-    steps = [name for name in names if name.startswith("step_")]
-    epochs = [name for name in names if name.startswith("epoch_")]
-    return [
-        name for name in steps[keep_last:] + (epochs[1:] if delete_previous_epochs else []) if name not in names[:1]
-    ]
-
-
-def discard(folders: Iterable[Path]) -> None:
-    """Delete checkpoints, each of them wholly or not at all."""
-    for folder in folders:
-        _delete(folder)
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        verify_checkpoint(folder, checksums=False)
-        return True
-    except CheckpointError:
-        return False
-
-
-def _delete(folder: Path) -> None:
-    """The name goes first: a kill in the middle leaves nothing that looks like a checkpoint."""
-    doomed = _hidden_name("deleted", folder)
-    _remove_tree(doomed)
-    folder.rename(doomed)
-    _remove_tree(doomed)
-
-
-def clean_leftovers(directory: Path) -> list[Path]:
-    """Undo what killed writers left; returns the folders concerned. Only for the run that owns `directory`.
-
-    A folder that was stepping aside gets its name back if no new one took it; the rest is deleted.
-    Folders of processes alive on this host are left alone.
-    """
-    if not directory.is_dir():
-        return []
-    dead = [
-        path for path in directory.iterdir() if (match := _LEFTOVER.fullmatch(path.name)) and _owner_died(path, match)
-    ]
-    for path in dead:
-        match = _LEFTOVER.fullmatch(path.name)
-        assert match is not None
-        if match[1] == "replaced" and not path.with_name(match[2]).exists():
-            path.rename(path.with_name(match[2]))
-        else:
-            _remove_tree(path)
-    return dead
-
-
-def _owner_died(folder: Path, match: re.Match[str]) -> bool:
-    host, pid = match[3], int(match[4])
-    if host != socket.gethostname() or pid == os.getpid():
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return _began(pid) > folder.stat().st_mtime + _CLOCKS_DIFFER_S
-
-
-def _began(pid: int) -> float:
-    """When a process began, in unix seconds; 0 where the system does not tell.
-
-    Numbers of processes come again, in containers the same few at each start: who is younger than a folder is another.
-    """
-    try:
-        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
-    except (OSError, ValueError, IndexError):
-        return 0.0
-    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")

@@ -18,7 +18,6 @@ import torch.distributed as dist
 import data
 import models
 from data.order import lanes_per_rank
-from training.checkpoint import optimizer_to_tensors
 from training.config import TrainConfig
 from training.console import logging_to
 from training.distributed import World, pick_device
@@ -29,6 +28,7 @@ from training.launch import Launch
 from training.learner import Learner, build_learner
 from training.losses.blocks import block_bytes
 from training.optimizer import describe_optimizer, parameter_names
+from training.optimizer_state import optimizer_to_tensors
 from training.origin import open_tokenizer, read_origin, tell_preprocess
 from training.plan import Plan, make_plan
 from training.schedule import describe_schedule, learning_rate

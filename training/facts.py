@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import models
-from training.checkpoint import LoadedCheckpoint, Progress, StartState
+from training.checkpoint_content import LoadedCheckpoint, Progress
 from training.config import RunConfig, TrainConfig
 from training.distributed import World
 from training.evaluation.schedule import check_cadences
@@ -27,6 +27,7 @@ from training.setup import (
     start_progress,
 )
 from training.sinks import parse_report_to
+from training.start import StartState
 from training.teacher import resolve_teacher
 
 log = logging.getLogger(__name__)

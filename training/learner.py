@@ -15,23 +15,18 @@ import torch
 import models
 from models.locks import Lock, layer_scales, lock_towers
 from models.lora import Lora, adapt, load_adapter_state, plain_name
-from training.checkpoint import (
-    Fresh,
-    LoadedCheckpoint,
-    Pretrained,
-    StartState,
-    load_optimizer_tensors,
-    verify_weights,
-)
+from training.checkpoint_content import LoadedCheckpoint, verify_weights
 from training.combinations import uses_lora
 from training.config import ModelConfig, OptimConfig, TrainConfig
 from training.distributed import World
 from training.ema import Ema
 from training.errors import ConfigError
 from training.optimizer import build_optimizer, parameter_names
+from training.optimizer_state import load_optimizer_tensors
 from training.parallel import parallelize
 from training.precision import LossScale, build_loss_scale
 from training.sharding import copy_rows
+from training.start import Fresh, Pretrained, StartState
 
 log = logging.getLogger(__name__)
 

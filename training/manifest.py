@@ -1,6 +1,6 @@
 """What a checkpoint says of itself: its manifest, and by it and the folder's name which of two is newer.
 
-Knows texts and names; of files only where a manifest lies. Who writes, verifies and deletes is `checkpoint_files`.
+Knows texts and names; of files only where a manifest lies. Who writes and verifies is `checkpoint_files`.
 """
 
 from __future__ import annotations

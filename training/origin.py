@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 
 import models
-from training.checkpoint import MODEL_CONFIG_FILE, LoadedCheckpoint, Pretrained, StartState
+from training.checkpoint_content import MODEL_CONFIG_FILE, LoadedCheckpoint
 from training.distributed import World
 from training.errors import ConfigError
+from training.start import Pretrained, StartState
 
 log = logging.getLogger(__name__)
 

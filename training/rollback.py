@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.checkpoint import LoadedCheckpoint, load_checkpoint
-from training.checkpoint_files import discard, list_checkpoints, verify_checkpoint
+from training.checkpoint_content import LoadedCheckpoint, load_checkpoint
+from training.checkpoint_files import list_checkpoints, verify_checkpoint
 from training.distributed import World
 from training.errors import CheckpointError, NonFiniteError
 from training.feed import Feed
@@ -22,6 +22,7 @@ from training.learner import Learner, restore
 from training.nodes import on_every_node
 from training.plan import Plan
 from training.report import Reporter
+from training.rotation import discard
 from training.saving import Saver
 from training.setup import start_progress
 from training.uploader import Uploader

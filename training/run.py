@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
-from training.checkpoint import Resume, StartState, decide_start
 from training.config import TrainConfig
 from training.console import logging_to
 from training.distributed import World
@@ -25,7 +24,7 @@ from training.preemption import Preemption
 from training.remote import open_remote, run_remote
 from training.setup import describe_model
 from training.shortage import explained
-from training.start import LATEST
+from training.start import LATEST, Resume, StartState, decide_start
 from training.uploader import finish_upload
 
 log = logging.getLogger(__name__)

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from data import Position
 from models import TokenizerIdentity
 from models.lora import adapter_state, is_adapted, merged_weights
-from training.checkpoint import EMA_FILE, LORA_FILE, Checkpointer, Progress, epoch_name, optimizer_to_tensors, step_name
+from training.checkpoint import Checkpointer
+from training.checkpoint_content import EMA_FILE, LORA_FILE, Progress, epoch_name, step_name
 from training.config import RunConfig, TrainConfig, to_flat
 from training.distributed import World
 from training.ema import Ema
 from training.feed import Feed
 from training.optimizer import parameter_names
+from training.optimizer_state import optimizer_to_tensors
 from training.parallel import unwrap
 from training.plan import Plan
 from training.precision import LossScale

@@ -10,13 +10,7 @@ import torch
 
 import data
 import models
-from training.checkpoint import (
-    LoadedCheckpoint,
-    Progress,
-    Resume,
-    StartState,
-    load_checkpoint,
-)
+from training.checkpoint_content import LoadedCheckpoint, Progress, load_checkpoint
 from training.config import TrainConfig, from_flat
 from training.distributed import World
 from training.errors import ConfigError
@@ -24,6 +18,7 @@ from training.learner import Learner
 from training.losses.objective import build_objective
 from training.plan import Plan, make_plan
 from training.schedule import describe_change
+from training.start import Resume, StartState
 from training.step import TrainStep
 from training.teacher import build_teacher
 from training.witness import Witness, average, average_in_bf16

@@ -17,7 +17,7 @@ from typing import Any
 
 import models
 from models.averaging import Average, Member, common_config
-from training.checkpoint import MODEL_CONFIG_FILE, MODEL_FILE, versions
+from training.checkpoint_content import MODEL_CONFIG_FILE, MODEL_FILE, versions
 from training.distributed import World
 from training.errors import CheckpointError, CheckpointWriteError, ConfigError
 from training.evaluation.evaluator import Evaluator

@@ -13,11 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training.checkpoint_files import clean_leftovers, list_checkpoints, verify_checkpoint
+from training.checkpoint_files import list_checkpoints, verify_checkpoint
 from training.errors import CheckpointError, ConfigError, RemoteError
 from training.manifest import MANIFEST, age_key, parse_manifest, read_manifest_text
 from training.metrics import FILE_NAME as METRICS_FILE
 from training.remote import CHECKPOINTS, Remote, in_time, insist, remote_checkpoint
+from training.rotation import clean_leftovers
 from training.secrets import mask_text
 
 if TYPE_CHECKING:

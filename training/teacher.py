@@ -10,7 +10,7 @@ import logging
 import torch.distributed as dist
 
 import models
-from training.checkpoint import verify_weights
+from training.checkpoint_content import verify_weights
 from training.config import ModelConfig
 from training.distributed import World
 from training.errors import ConfigError

@@ -18,12 +18,13 @@ from functools import partial
 from pathlib import Path
 from types import TracebackType
 
-from training.checkpoint_files import list_checkpoints, unwanted
+from training.checkpoint_files import list_checkpoints
 from training.distributed import World
 from training.errors import RemoteError
 from training.manifest import newest_first, parse_manifest, read_manifest_text
 from training.preemption import Preemption
 from training.remote import CHECKPOINTS, Remote, Replaced, insist
+from training.rotation import unwanted
 
 log = logging.getLogger(__name__)
 

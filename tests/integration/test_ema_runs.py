@@ -15,7 +15,7 @@ import models
 from scripts.evaluate import main as evaluate
 from tests.helpers.gloo import run_ranks
 from tests.helpers.shards import write_shards
-from training.checkpoint import load_checkpoint
+from training.checkpoint_content import load_checkpoint
 from training.cli import parse_args
 from training.distributed import World
 from training.learner import build_learner, restore

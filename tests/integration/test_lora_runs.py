@@ -16,7 +16,7 @@ from models.lora import plain_name
 from scripts.evaluate import main as evaluate
 from tests.helpers.gloo import run_ranks
 from tests.helpers.shards import write_shards
-from training.checkpoint import load_checkpoint
+from training.checkpoint_content import load_checkpoint
 from training.cli import parse_args
 from training.distributed import World
 from training.learner import build_learner, restore

@@ -16,17 +16,12 @@ from torch import Tensor, nn
 
 from tests.training.conftest import FakeWorld
 from training import checkpoint, checkpoint_files
-from training.checkpoint import (
-    Checkpointer,
-    HostCopy,
-    Progress,
-    epoch_name,
-    load_checkpoint,
-    step_name,
-    verify_weights,
-)
+from training.checkpoint import Checkpointer
+from training.checkpoint_content import Progress, epoch_name, load_checkpoint, step_name, verify_weights
 from training.checkpoint_files import find_latest, list_checkpoints, verify_checkpoint
 from training.errors import EXIT_FAILED, CheckpointError, CheckpointWriteError
+from training.host_copy import HostCopy
+from training.optimizer_state import load_optimizer_tensors, optimizer_to_tensors
 
 
 def content(step: int) -> dict[str, Any]:
@@ -333,14 +328,14 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Pa
     with Checkpointer(tmp_path, world) as checkpointer:
         state = {
             "model_state": first.state_dict(),
-            "optimizer_state": checkpoint.optimizer_to_tensors(first_optimizer, first_names),
+            "optimizer_state": optimizer_to_tensors(first_optimizer, first_names),
         }
         checkpointer.save(step_name(4), **(content(4) | state))
 
     second, second_optimizer, second_names = build(seed=99)
     loaded = load_checkpoint(tmp_path / step_name(4))
     second.load_state_dict(loaded.model)
-    checkpoint.load_optimizer_tensors(second_optimizer, second_names, loaded.optimizer)
+    load_optimizer_tensors(second_optimizer, second_names, loaded.optimizer)
     losses += steps(second, second_optimizer, 4, 10)
     assert torch.equal(torch.stack(losses), torch.stack(expected))
     assert all(torch.equal(a, b) for a, b in zip(second.parameters(), model.parameters(), strict=True))

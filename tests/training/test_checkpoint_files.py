@@ -17,17 +17,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from training import checkpoint_files
-from training.checkpoint_files import (
-    clean_leftovers,
-    find_latest,
-    list_checkpoints,
-    rotate,
-    verify_checkpoint,
-    write_checkpoint,
-)
+from training import checkpoint_files, rotation
+from training.checkpoint_files import find_latest, list_checkpoints, verify_checkpoint, write_checkpoint
 from training.errors import CheckpointError, CheckpointWriteError
 from training.manifest import MANIFEST, FileEntry, Manifest
+from training.rotation import clean_leftovers, rotate
 
 REPOSITORY = Path(__file__).parents[2]
 MODEL = "model.safetensors"
@@ -269,7 +263,7 @@ def test_a_process_that_is_younger_than_a_folder_is_not_its_writer(tmp_path: Pat
     leftover = tmp_path / f".replaced-step_3-{checkpoint_files.socket.gethostname()}-{os.getppid()}"
     leftover.mkdir()
     # As when the number of a killed writer has been given to another process since.
-    began = checkpoint_files._began(os.getppid())
+    began = rotation._began(os.getppid())
     assert 0 < began < time.time()
     os.utime(leftover, (began - 60, began - 60))
     assert clean_leftovers(tmp_path) == [leftover]
@@ -290,7 +284,8 @@ import os, random, signal, sys, time
 from pathlib import Path
 import torch
 from safetensors.torch import load_file
-from training.checkpoint_files import clean_leftovers, find_latest, rotate, verify_checkpoint, write_checkpoint
+from training.checkpoint_files import find_latest, verify_checkpoint, write_checkpoint
+from training.rotation import clean_leftovers, rotate
 
 directory = Path(sys.argv[1])
 

@@ -12,7 +12,8 @@ import torch
 
 from tests.helpers.gloo import run_ranks
 from training import checkpoint
-from training.checkpoint import Checkpointer, Progress
+from training.checkpoint import Checkpointer
+from training.checkpoint_content import Progress
 from training.config import ClusterConfig, RunConfig, TrainConfig
 from training.distributed import session
 from training.plan import Plan

@@ -12,14 +12,15 @@ import data
 import models
 from models.row_draws import RowDropout, RowDropPath, row_keys
 from tests.helpers.gloo import run_ranks
-from training.checkpoint import Checkpointer, optimizer_to_tensors
-from training.checkpoint import Progress as Done
+from training.checkpoint import Checkpointer
+from training.checkpoint_content import Progress as Done
 from training.config import ClusterConfig, DataConfig, TrainConfig
 from training.config import ModelConfig as ModelSection
 from training.distributed import World, session
 from training.errors import ConfigError
 from training.learner import build_learner
 from training.optimizer import parameter_names
+from training.optimizer_state import optimizer_to_tensors
 from training.plan import make_plan
 from training.setup import Samples, build_transform, cuts_padding, load_start, loader_config, resolve_model
 from training.start import Fresh, Resume

@@ -13,7 +13,6 @@ import models
 from tests.helpers.gloo import run_ranks
 from tests.helpers.shards import write_shards
 from tests.training.evaluation.conftest import write_labelled
-from training.checkpoint import choose_start
 from training.config import ClusterConfig, DataConfig, EvalConfig
 from training.distributed import World, session
 from training.errors import CheckpointError, CheckpointWriteError, ConfigError
@@ -21,6 +20,7 @@ from training.evaluation.exam import Exam
 from training.evaluation.standalone import evaluate_checkpoint
 from training.soup import Soup, make_soup
 from training.soup_recipe import SoupRecipe
+from training.start import choose_start
 
 LOSS = "val/clip_val_loss"
 

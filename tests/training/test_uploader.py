@@ -16,13 +16,15 @@ from tests.helpers.process import poll
 from tests.training.conftest import FakeWorld, tensors_of
 from training import remote as remote_module
 from training import uploader as uploader_module
-from training.checkpoint import Checkpointer, Progress, epoch_name, step_name
-from training.checkpoint_files import discard, list_checkpoints, verify_checkpoint, write_checkpoint
+from training.checkpoint import Checkpointer
+from training.checkpoint_content import Progress, epoch_name, step_name
+from training.checkpoint_files import list_checkpoints, verify_checkpoint, write_checkpoint
 from training.distributed import World
 from training.errors import RemoteError
 from training.manifest import read_manifest_text
 from training.preemption import Preemption
 from training.remote import Remote
+from training.rotation import discard
 from training.uploader import Uploader, finish_upload
 
 LIMIT_S = 60.0

@@ -17,7 +17,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from training.checkpoint import STATE_FILE
+from training.checkpoint_content import STATE_FILE
 from training.distributed import World
 from training.errors import ConfigError, RemoteError
 from training.evaluation.claim import Claim

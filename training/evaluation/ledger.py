@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.checkpoint import EMA_FILE, MODEL_FILE
+from training.checkpoint_content import EMA_FILE, MODEL_FILE
 from training.errors import CheckpointError
 from training.evaluation.claim import Claim
 from training.manifest import Manifest

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from training.checkpoint import EMA_FILE, MODEL_FILE, verify_weights
+from training.checkpoint_content import EMA_FILE, MODEL_FILE, verify_weights
 from training.distributed import World
 from training.errors import ConfigError, DataConfigError, DataError, FolderError
 from training.evaluation.evaluator import Evaluator, open_tasks

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import models
-from training.checkpoint import CHECKPOINTS, EMA_FILE, MODEL_CONFIG_FILE, verify_weights
+from training.checkpoint_content import EMA_FILE, MODEL_CONFIG_FILE, verify_weights
 from training.checkpoint_files import find_latest
 from training.config import DataConfig, EvalConfig
 from training.distributed import World
@@ -15,6 +15,7 @@ from training.evaluation.exam import Exam
 from training.evaluation.feed import ShouldStop
 from training.evaluation.tasks import Task
 from training.origin import open_tokenizer
+from training.start import CHECKPOINTS
 
 
 def newest_of(checkpoint: str) -> str:

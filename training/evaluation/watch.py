@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import models
-from training.checkpoint import MODEL_CONFIG_FILE, STATE_FILE
+from training.checkpoint_content import MODEL_CONFIG_FILE, STATE_FILE
 from training.distributed import Errand, World
 from training.errors import EXIT_DONE, EXIT_FAILED, CheckpointError, RemoteError, StoppedEarly, first_line
 from training.evaluation.desk import Desk, Verdict, WatchConfig, open_desk
