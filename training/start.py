@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from training.checkpoint_files import list_checkpoints, verify_checkpoint
 from training.errors import CheckpointError, ConfigError, RemoteError
 from training.manifest import MANIFEST, age_key, parse_manifest, read_manifest_text
+from training.metrics import EVALUATIONS_FILE
 from training.metrics import FILE_NAME as METRICS_FILE
 from training.remote import CHECKPOINTS, Remote, in_time, insist, remote_checkpoint
 from training.rotation import clean_leftovers
@@ -196,14 +197,21 @@ def _verified(folder: Path) -> Path:
 
 def _fetch(remote: Remote, name: str, run_dir: Path) -> Path:
     """The checkpoint, and the run's numbers up to it: they are at the remote wherever one of its checkpoints is."""
-    metrics = insist(lambda: remote.read(METRICS_FILE))
-    if metrics is not None:
-        # Order matters: a kill after the checkpoint has come must not leave it without its numbers.
-        run_dir.mkdir(parents=True, exist_ok=True)
-        temporary = run_dir / f"{METRICS_FILE}.tmp"
-        temporary.write_bytes(metrics)
-        os.replace(temporary, run_dir / METRICS_FILE)
+    # Order matters: a kill after the checkpoint has come must not leave it without its numbers.
+    _fetch_beside(remote, METRICS_FILE, run_dir)
+    # Where the run's folder is shared, who evaluates beside the training writes there, and has all of it.
+    if not (run_dir / EVALUATIONS_FILE).exists():
+        _fetch_beside(remote, EVALUATIONS_FILE, run_dir)
     return remote.fetch(name, run_dir / CHECKPOINTS)
+
+
+def _fetch_beside(remote: Remote, file: str, run_dir: Path) -> None:
+    content = insist(lambda: remote.read(file))
+    if content is not None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        temporary = run_dir / f"{file}.tmp"
+        temporary.write_bytes(content)
+        os.replace(temporary, run_dir / file)
 
 
 # ---- the named

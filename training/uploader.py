@@ -22,13 +22,15 @@ from training.checkpoint_files import list_checkpoints
 from training.distributed import World
 from training.errors import RemoteError
 from training.manifest import newest_first, parse_manifest, read_manifest_text
+from training.metrics import EVALUATIONS_FILE
+from training.metrics import FILE_NAME as METRICS_FILE
 from training.preemption import Preemption
 from training.remote import CHECKPOINTS, Remote, Replaced, insist
 from training.rotation import unwanted
 
 log = logging.getLogger(__name__)
 
-BESIDE = ("config.yaml", "metrics.jsonl")
+BESIDE = ("config.yaml", METRICS_FILE, EVALUATIONS_FILE)
 # For the last upload. Who sends a signal and does not say when the end is, kills soon.
 _AT_MOST_S = 600.0
 _PREEMPTED_S = 60.0

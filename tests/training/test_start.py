@@ -149,6 +149,16 @@ def test_a_newer_checkpoint_at_the_remote_is_fetched_with_the_numbers_up_to_it(r
     assert (run_dir / "metrics.jsonl").read_text() == '{"step": 30}\n'
 
 
+def test_evaluations_are_fetched_too_unless_the_folder_has_its_own(run_dir: Path, away: Remote) -> None:
+    away.write("evaluations.jsonl", b'{"step": 10}\n')
+    latest(run_dir, away)
+    assert (run_dir / "evaluations.jsonl").read_text() == '{"step": 10}\n'
+    (run_dir / "evaluations.jsonl").write_text('{"step": 10}\n{"step": 20}\n')
+    shutil.rmtree(run_dir / "checkpoints/step_000000030")
+    assert "fetched" in latest(run_dir, away).reason
+    assert (run_dir / "evaluations.jsonl").read_text() == '{"step": 10}\n{"step": 20}\n'
+
+
 def test_of_equal_ones_the_local_checkpoint_is_taken_as_it_is(run_dir: Path, away: Remote) -> None:
     away.discard("step_000000030")
     (run_dir / "metrics.jsonl").write_text('{"step": 15}\n')

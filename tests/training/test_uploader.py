@@ -134,6 +134,16 @@ def test_checkpoints_configuration_and_metrics_are_brought(run_dir: Path, away: 
         assert away.read("metrics.jsonl") == b'{"step": 1}\n{"step": 4}\n'
 
 
+def test_evaluations_made_beside_the_training_are_brought_where_there_are_any(run_dir: Path, away: GatedRemote) -> None:
+    with uploader_of(run_dir, away) as uploader:
+        settle(uploader)
+        assert away.read("evaluations.jsonl") is None and not uploader.remark()
+        (run_dir / "evaluations.jsonl").write_text('{"step": 1, "val/a": 0.5}\n{"step": 1, "val/b')
+        uploader.wake()
+        settle(uploader)
+        assert away.read("evaluations.jsonl") == b'{"step": 1, "val/a": 0.5}\n' and not uploader.remark()
+
+
 def test_the_numbers_are_at_the_remote_before_the_checkpoint_is(run_dir: Path, away: GatedRemote) -> None:
     away.gate.clear()
     save(run_dir, step_name(1), 1)
