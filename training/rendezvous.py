@@ -162,19 +162,22 @@ def _client(address: Address, port: int, launch: Launch, deadline: float) -> tup
     """A client of the store, or why there is none. Where rank 0 had a choice of ports, the server must say its job."""
     left = max(1.0, deadline - time.monotonic())
     several = len(address.ports) > 1
+    patience = min(left, _GREETING_S) if several else left
     answer: list[dist.Store | BaseException] = []
 
     def connect() -> None:
         try:
-            timeout = timedelta(seconds=max(left, _KNOCK_S))
-            answer.append(dist.TCPStore(address.host, port, is_master=False, wait_for_workers=False, timeout=timeout))
+            timeout = timedelta(seconds=max(patience, _KNOCK_S))
+            store = dist.TCPStore(address.host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+            store.set_timeout(timedelta(seconds=max(left, _KNOCK_S)))
+            answer.append(store)
         except STORE_ERRORS as exc:
             answer.append(exc)
 
     # torch's client has no limit of its own where the server accepts and then says nothing.
-    thread = threading.Thread(target=connect, daemon=True)
+    thread = threading.Thread(target=connect, name="store-client", daemon=True)
     thread.start()
-    thread.join(min(left, _GREETING_S) if several else left)
+    thread.join(patience)
     if not answer:
         return None, f"what listens at port {port} does not answer as a store: another program has this port"
     if isinstance(answer[0], BaseException):

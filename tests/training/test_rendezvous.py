@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 
 from models.errors import ConfigError
 from tests.helpers.gloo import free_port
+from tests.helpers.process import poll
 from training.config import ClusterConfig
 from training.launch import Launch
 from training.rendezvous import find_address, is_here, open_store
@@ -30,6 +32,8 @@ def stranger() -> Iterator[int]:
         server.bind(("", 0))
         server.listen()
         yield server.getsockname()[1]
+    # What was waiting for its word gives up soon after it is gone: torch retries in C++, where nothing can stop it.
+    poll(lambda: not any(thread.name == "store-client" for thread in threading.enumerate()), 20, "clients to end")
 
 
 def _refused(launch: Launch, cluster: ClusterConfig = CLUSTER) -> str:
