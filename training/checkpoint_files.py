@@ -183,6 +183,7 @@ def receive(
 
 
 def hidden_name(kind: str, folder: Path) -> Path:
+    """Beside `folder`, a name that no reader takes for a checkpoint: kind, its name, and this process as the owner."""
     return folder.with_name(f".{kind}-{folder.name}-{socket.gethostname()}-{os.getpid()}")
 
 
@@ -199,6 +200,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def remove_tree(folder: Path) -> None:
+    """Deletes as much of `folder` as can be deleted, if there is any."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
