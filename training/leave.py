@@ -13,13 +13,28 @@ import sys
 from contextlib import suppress
 from typing import NoReturn
 
+from training.errors import EXIT_FAILED
+
 
 def leave(code: int) -> NoReturn:
     """Runs what was registered for the exit, flushes the streams, and ends the process with `code`.
 
-    Threads are not waited for: what must be finished, main has finished. The interpreter's own end is left out.
+    With 1 instead of 0 where what was printed to stdout is lost: a table on a full disk is no table. Threads are not
+    waited for: what must be finished, main has finished. The interpreter's own end is left out.
     """
-    for end in (atexit._run_exitfuncs, sys.stdout.flush, sys.stderr.flush):
-        with suppress(Exception):  # a closed pipe, a full disk: the code is what counts
-            end()
+    atexit._run_exitfuncs()  # tells what fails in them, and raises nothing
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError) as error:
+        code = code or EXIT_FAILED
+        _tell(f"error: stdout cannot be written: {getattr(error, 'strerror', None) or error}\n")
+    _tell("")
     os._exit(code)
+
+
+def _tell(text: str) -> None:
+    if sys.stderr is not None:
+        with suppress(OSError, ValueError):  # nobody is left to be told
+            sys.stderr.write(text)
+            sys.stderr.flush()

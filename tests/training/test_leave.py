@@ -50,6 +50,17 @@ def test_a_stream_that_nobody_reads_any_more_does_not_change_the_code() -> None:
     assert done.returncode == 75, done.stderr
 
 
+def test_a_table_that_a_full_disk_has_swallowed_is_no_success() -> None:
+    done = run("sys.stdout = open('/dev/full', 'w')\nprint('a table')\nleave(0)")
+    assert done.returncode == 1
+    assert "error: stdout cannot be written: No space left on device" in done.stderr
+
+
+def test_closed_streams_are_no_matter() -> None:
+    done = run("sys.stdout = sys.stderr = None\nleave(75)")
+    assert done.returncode == 75, done.stderr
+
+
 def test_an_exit_hook_that_fails_is_told_and_does_not_change_the_code() -> None:
     done = run("atexit.register(lambda: 1 / 0)\nleave(75)")
     assert done.returncode == 75, done.stderr
